@@ -1,0 +1,42 @@
+"""The attention zoo: attention mechanisms by name, each one small readable file.
+
+    import zoo
+    zoo.list("*max")
+    attn = zoo.create("sliding_window+rope", dim=256, heads=8, causal=True, window=64)
+    y = attn(x)                                   # (B, N, C) -> (B, N, C)
+
+Importing this package brings in torch and nothing heavier.
+"""
+
+from __future__ import annotations
+
+from zoo.attention import Attention, Captured
+from zoo.cache import Cache, LayerCache
+from zoo.collect import auxiliary_losses, capture, padding_mask
+from zoo.errors import CompatibilityError, ZooError
+from zoo.factory import create
+from zoo.registry import Entry, Paper, Taxonomy, Traits, info, register
+from zoo.registry import list_names as list
+from zoo.spec import canonical
+
+__version__ = "0.1.0"
+__all__ = [
+    "Attention",
+    "Cache",
+    "Captured",
+    "CompatibilityError",
+    "Entry",
+    "LayerCache",
+    "Paper",
+    "Taxonomy",
+    "Traits",
+    "ZooError",
+    "auxiliary_losses",
+    "canonical",
+    "capture",
+    "create",
+    "info",
+    "list",
+    "padding_mask",
+    "register",
+]

@@ -1,0 +1,1 @@
+"""Parts for the socket `attend`: one file per mechanism."""

@@ -1,0 +1,516 @@
+"""The host: multi-head attention whose every station is a socket.
+
+    x (B, N, C) -> project -> position -> score -> select -> normalize -> combine -> y (B, N, C)
+
+Legend: B batch, N query length, M key length, H heads, D head dim, C channels. Between functions
+always (B, H, N, D). Masks are boolean with True = may attend, as in scaled_dot_product_attention.
+A query that may attend to nothing gets zeros from its heads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo import engine, routes
+from zoo.cache import LayerCache
+from zoo.errors import CompatibilityError, ZooError, unknown
+from zoo.parts import (
+    Attend,
+    Call,
+    Combine,
+    Layout,
+    Normalize,
+    Part,
+    Position,
+    Project,
+    Score,
+    Select,
+    build,
+)
+from zoo.registry import SOCKETS, Traits
+from zoo.spec import DEFAULTS, PartSpec, canonical, parse, sockets
+
+
+@dataclass
+class Captured:
+    """One pass of one layer, as analysis tools want it.
+
+    Args:
+        x: Input of the layer, (B, N, C).
+        pattern: Attention weights, (B, heads, N, M), or None where a part forms none.
+        heads: Output of each head before the output projection, (B, heads, N, v_dim).
+        norm_input: Input of the norm in front of the layer, (B, N, C), where the model has one.
+    """
+
+    x: Tensor
+    pattern: Tensor | None
+    heads: Tensor
+    norm_input: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head attention put together from parts.
+
+    Args:
+        dim: Channels C of input and output.
+        heads: Heads H.
+        spec: Parts by name, e.g. ``"sliding_window(window=64)+rope"``; empty sockets get the
+            defaults mha, none, dot, all, softmax, concat.
+        kv_heads: Key/value heads, a divisor of `heads`; None leaves it to the projection.
+        head_dim: Width of a head; default ``dim // heads``.
+        causal: Query i sees keys 0..i only.
+        bias: Biases in the projections.
+        dropout: On the attention weights, in training.
+        qk_norm: RMSNorm over each head of q and k before positions.
+        scale: Factor on dot products; default ``1 / sqrt(qk width)``.
+        max_len: Longest sequence, for parts that need to know (learned positions).
+        depth: Index of the layer, from 0, for parts that depend on it (differential).
+        route: "auto", or a route by name (sdpa, sdpa_strips, engine, dense, or a part's own).
+        device: Where parameters are made.
+        dtype: Their type.
+
+    Raises:
+        ZooError: A size does not fit, or a name or option is unknown.
+        CompatibilityError: Parts that cannot work together, or with `causal`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        spec: str = "mha",
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
+        qk_norm: bool = False,
+        scale: float | None = None,
+        max_len: int | None = None,
+        depth: int = 0,
+        route: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("heads", heads)):
+            if not isinstance(value, int) or value < 1:
+                raise ZooError(f"{name}={value!r} must be a whole number of at least 1")
+        if head_dim is None:
+            if dim % heads:
+                near = [h for h in range(1, dim + 1) if dim % h == 0]
+                best = min(near, key=lambda h: abs(h - heads))
+                raise ZooError(
+                    f"dim={dim} is not divisible by heads={heads}; nearest allowed heads={best}, "
+                    "or give head_dim"
+                )
+            head_dim = dim // heads
+        elif not isinstance(head_dim, int) or head_dim < 1:
+            raise ZooError(f"head_dim={head_dim!r} must be a whole number of at least 1")
+        if not 0.0 <= dropout < 1.0:
+            raise ZooError(f"dropout={dropout!r} must lie in [0, 1)")
+        self.dim, self.heads, self.head_dim = dim, heads, head_dim
+        self.causal, self.dropout, self.route = causal, dropout, route
+        self.spec = canonical(spec)
+        filled = sockets(parse(spec))
+        self._check_traits(filled, causal)
+
+        project = filled.get("project", PartSpec(DEFAULTS["project"]))
+        kv_heads = project.options.get("kv_heads", kv_heads)
+        self.kv_heads = project.entry.cls.choose_kv_heads(heads, kv_heads)  # type: ignore[attr-defined]
+        if not 1 <= self.kv_heads <= heads or heads % self.kv_heads:
+            raise ZooError(f"kv_heads={self.kv_heads!r} must divide heads={heads}")
+        facts: dict[str, Any] = {
+            "dim": dim,
+            "heads": heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": head_dim,
+            "causal": causal,
+            "bias": bias,
+            "dropout": dropout,
+            "max_len": max_len,
+            "depth": depth,
+            "device": device,
+            "dtype": dtype,
+        }
+        facts["layout"] = Layout(heads, heads, self.kv_heads, self.kv_heads, head_dim, head_dim)
+        if self.kv_heads < heads:
+            for given in filled.values():
+                if not given.entry.traits.grouped:
+                    raise CompatibilityError(
+                        f"{given.name!r} needs a key/value head for each query head, "
+                        f"but kv_heads={self.kv_heads} < heads={heads}"
+                    )
+        # The normalizer decides the head layout, so it is built before the others.
+        skipped = ("score", "select", "normalize") if "attend" in filled else ()
+        order = ("normalize", "attend", *(k for k in SOCKETS if k not in ("normalize", "attend")))
+        for kind in order:
+            part = filled.get(kind) or (PartSpec(DEFAULTS[kind]) if kind in DEFAULTS else None)
+            if part is None or kind in skipped:
+                setattr(self, kind, None)
+                continue
+            options = {k: v for k, v in part.options.items() if k in part.entry.options}
+            setattr(self, kind, build(part.entry.cls, facts, options))
+            if kind == "normalize":
+                facts["layout"] = self.normalize.change_layout(facts["layout"])
+        self.layout: Layout = facts["layout"]
+        self.part_names = {
+            kind: (filled[kind].name if kind in filled else DEFAULTS[kind])
+            for kind in SOCKETS
+            if getattr(self, kind) is not None
+        }
+        self.scale = self.layout.qk_dim**-0.5 if scale is None else scale
+        norm: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_norm = nn.RMSNorm(self.layout.qk_dim, eps=1e-6, **norm) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.layout.qk_dim, eps=1e-6, **norm) if qk_norm else None
+        self.head_gate: Tensor | None = None
+        self._recorder: list[Captured] | None = None
+        self._check_pairs(filled)
+
+    # The sockets; `attend` excludes score, select and normalize.
+    project: Project
+    position: Position
+    score: Score
+    select: Select
+    normalize: Normalize
+    combine: Combine
+    attend: Attend | None
+
+    def _check_traits(self, filled: Mapping[str, PartSpec], causal: bool) -> None:
+        for part in filled.values():
+            traits = part.entry.traits
+            if causal and not traits.causal:
+                raise CompatibilityError(
+                    f"{part.name!r} cannot be causal: it mixes all positions; pass causal=False"
+                )
+            if not causal and not traits.bidirectional:
+                raise CompatibilityError(
+                    f"{part.name!r} is defined for causal attention only; pass causal=True"
+                )
+
+    def _check_pairs(self, filled: Mapping[str, PartSpec]) -> None:
+        if self.position.biases:
+            for given in filled.values():
+                if not given.entry.traits.bias:
+                    raise CompatibilityError(
+                        f"{self.part_names['position']!r} adds a bias to the scores, which "
+                        f"{given.name!r} cannot take; use a position that rotates or embeds"
+                    )
+        for part in self.socket_parts():
+            reason = part.incompatible(self)
+            if reason:
+                raise CompatibilityError(reason)
+
+    @property
+    def traits(self) -> Traits:
+        """What this combination of parts promises: what all of them do."""
+        found = [PartSpec(name).entry.traits for name in self.part_names.values()]
+        masks = ("any", "keys", "none")
+        flags = ("causal", "bidirectional", "cross", "bias", "decode", "weights", "grouped")
+        values: dict[str, Any] = {
+            flag: all(getattr(t, flag) for t in found)
+            for flag in (*flags, "equivariant", "compile")
+        }
+        values["mask"] = max((t.mask for t in found), key=masks.index)
+        costs = {t.cost for t in found} - {Traits().cost}
+        return Traits(**values, cost=" + ".join(sorted(costs)) or Traits().cost)
+
+    def socket_parts(self) -> list[Part]:
+        """The parts in use, in the order of the sockets."""
+        return [getattr(self, kind) for kind in SOCKETS if getattr(self, kind) is not None]
+
+    @property
+    def parts(self) -> engine.Parts:
+        """The four parts that the strip engine runs."""
+        return engine.Parts(self.score, self.select, self.normalize, self.position)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        positions: Tensor | None = None,
+        context_positions: Tensor | None = None,
+        cache: LayerCache | None = None,
+        need_weights: bool = False,
+        head_gate: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            x: (B, N, C).
+            context: (B, M, C) for cross-attention; None for self-attention.
+            mask: Boolean, True may attend, (N, M) or (B|1, H|1, N|1, M).
+            bias: Added to the scores, same shapes as `mask`, floating point.
+            positions: (N,) or (B, N) int64; default counts on from the cache.
+            context_positions: (M,) or (B, M) int64; default counts from 0.
+            cache: This layer's cache: x holds the tokens that follow those in it.
+            need_weights: Also return the weights (B, H, N, M), which costs N x M memory.
+            head_gate: Factor on each head's output, (H,), (B, H) or (B, H, N).
+
+        Raises:
+            ZooError: An argument has the wrong shape or type, or a part cannot take it.
+        """
+        self._check_input(x, context, mask, bias, need_weights)
+        call = self._call(x, context, mask, bias, positions, context_positions, cache)
+        if self.attend is not None:
+            y = self.attend(call)
+        else:
+            y = routes.choose(self, call).run(self, call)
+            y = self.normalize.finish(y)
+        if cache is not None:
+            cache.length += x.shape[1]
+        gate = self.head_gate if head_gate is None else head_gate
+        if gate is not None:
+            y = y * self._gate(gate, y)
+        record = self._recorder is not None
+        weights = self._weights(call, strict=need_weights) if need_weights or record else None
+        if self._recorder is not None:
+            self._recorder.append(Captured(x, weights, y))
+        out = self.combine(y, x)
+        if not need_weights:
+            return out
+        assert weights is not None
+        return out, weights
+
+    def explain(
+        self, x: Tensor, context: Tensor | None = None, **inputs: Any
+    ) -> routes.Explanation:
+        """Say which route `forward` would take for these inputs, and why not the others.
+
+        Takes the arguments of `forward`; a cache is left as it is.
+        """
+        inputs.pop("need_weights", None)
+        inputs.pop("head_gate", None)
+        cache = inputs.pop("cache", None)
+        if self.attend is not None:
+            name = self.part_names["attend"]
+            reason = f"{name!r} fills score, select and normalize by itself"
+            return routes.Explanation(name, dict.fromkeys(("sdpa", "engine"), reason), ())
+        names = ("mask", "bias", "positions", "context_positions")
+        for name in inputs:
+            if name not in names:
+                raise unknown("argument of explain", name, (*names, "cache"))
+        mask, bias, positions, others = (inputs.get(name) for name in names)
+        self._check_input(x, context, mask, bias, False)
+        with torch.no_grad():
+            call = self._call(x, context, mask, bias, positions, others, copy.deepcopy(cache))
+        return routes.explain(self, call)
+
+    @contextmanager
+    def capture(self) -> Iterator[list[Captured]]:
+        """Record input, pattern and per-head output of every pass inside the block."""
+        before, self._recorder = self._recorder, []
+        try:
+            yield self._recorder
+        finally:
+            self._recorder = before
+
+    def init_weights(self) -> None:
+        """Initialise what the parts define specially, again: models call it after their own init.
+
+        timm calls a method of this name on every module, after its children.
+        """
+        for part in self.socket_parts():
+            if part.special_init:
+                part.reset_parameters()
+
+    def _call(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        positions: Tensor | None,
+        context_positions: Tensor | None,
+        cache: LayerCache | None,
+    ) -> Call:
+        """Project, place and collect everything the parts may ask for."""
+        for part in self.socket_parts():
+            part.aux_losses.clear()
+        length = x.shape[1]
+        start = cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(start, start + length, device=x.device)
+        position = self.position
+        cached = cache.get("cross_k") if cache is not None and context is not None else None
+        if position.embeds:
+            x = position.embed(x, positions)
+        if context is None:
+            new_pos, k_start = positions, start
+        else:
+            keys = context.shape[1]
+            if context_positions is None:
+                context_positions = torch.arange(keys, device=x.device)
+            new_pos, k_start = context_positions, 0
+            if position.embeds and cached is None:
+                context = position.embed(context, context_positions)
+        if cached is None:
+            q, k, v = self.project(x, context, cache)
+        else:
+            assert cache is not None
+            q, k = self.project.queries(x), cached
+            v = cache.get("cross_v")
+            assert v is not None
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q)
+            k = k if cached is not None else self.k_norm(k)
+        if position.rotates:
+            rotated = position.rotate(q, k, positions, new_pos)
+            q, k = rotated[0], (k if cached is not None else rotated[1])
+        if cache is not None and self.attend is None:
+            if context is None:
+                k, v, new_pos, k_start = self._remember(cache, k, v, new_pos)
+            elif cached is None:
+                k, v = cache.extend("cross_k", k), cache.extend("cross_v", v)
+        call = Call(
+            x=x,
+            q=q,
+            k=k,
+            v=v,
+            q_pos=positions,
+            k_pos=new_pos,
+            q_start=start,
+            k_start=k_start,
+            causal=self.causal,
+            scale=self.scale,
+            cross=context is not None,
+            mask=self._spread(mask, "mask", q, k, k_start),
+            bias=self._spread(bias, "bias", q, k, k_start),
+            dropout=self.dropout if self.training else 0.0,
+            cache=cache,
+        )
+        for kind in SOCKETS:
+            part = getattr(self, kind)
+            if part is not None:
+                call.prepared[kind] = part.prepare(call)
+        return call
+
+    def _remember(
+        self, cache: LayerCache, k: Tensor, v: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Put new keys and values into the cache and return all held."""
+        keep = self.select.window()
+        total = cache.length + positions.shape[-1]
+        k = cache.extend("k", k, keep=keep)
+        v = cache.extend("v", v, keep=keep)
+        batched = positions.ndim == 2
+        held = cache.extend("positions", positions, dim=-1, keep=keep, batched=batched)
+        return k, v, held, total - k.shape[2]
+
+    def _spread(
+        self, given: Tensor | None, name: str, q: Tensor, k: Tensor, k_start: int
+    ) -> Tensor | None:
+        """Check a mask or bias against the scores and bring it to rank 4."""
+        if given is None:
+            return None
+        heads, rows, keys = self.heads, q.shape[2], k.shape[2]
+        if self.attend is not None and self.causal:
+            k_start = 0
+        x = given[None, None] if given.ndim == 2 else given
+        if x.shape[3] == keys + k_start:
+            x = x[..., k_start:]  # the window has let the first keys go
+        wanted = (q.shape[0], heads, rows, keys)
+        if any(a not in (1, b) for a, b in zip(x.shape, wanted, strict=True)):
+            raise ZooError(
+                f"{name} of shape {tuple(given.shape)} does not fit; allowed: "
+                f"({rows}, {keys}) or anything that broadcasts to {wanted} (batch, heads, "
+                "queries, keys); padding of shape (batch, keys) becomes mask[:, None, None, :]"
+            )
+        if x.shape[3] != keys:
+            x = x.expand(-1, -1, -1, keys)
+        if x.shape[1] == heads and heads != self.layout.score_heads and heads > 1:
+            x = x.repeat_interleave(self.layout.score_heads // heads, 1)
+        return x
+
+    def _check_input(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        need_weights: bool,
+    ) -> None:
+        for name, item in (("x", x), ("context", context)):
+            if item is not None and (item.ndim != 3 or item.shape[-1] != self.dim):
+                raise ZooError(
+                    f"{name} of shape {tuple(item.shape)} must be (batch, tokens, dim={self.dim})"
+                )
+        if context is not None:
+            if self.causal:
+                raise ZooError("context given to causal attention: causality needs one sequence")
+            if context.shape[0] != x.shape[0]:
+                raise ZooError(
+                    f"context has batch {context.shape[0]}, but x has batch {x.shape[0]}"
+                )
+        if mask is None and bias is None and context is None and not need_weights:
+            return
+        traits = self.traits
+        if context is not None and not traits.cross:
+            raise ZooError(f"{self.spec!r} cannot attend to a context")
+        if need_weights and not traits.weights:
+            raise ZooError(
+                f"{self.spec!r} forms no attention weights; need_weights is not possible"
+            )
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise ZooError(
+                    f"mask has dtype {mask.dtype}; allowed: torch.bool with True = may attend "
+                    "(an additive mask is the argument 'bias')"
+                )
+            if mask.ndim not in (2, 4):
+                raise ZooError(
+                    f"mask has rank {mask.ndim}; allowed: 2 (queries, keys) or "
+                    "4 (batch, heads, queries, keys)"
+                )
+            if traits.mask == "none":
+                raise ZooError(f"{self.spec!r} takes no mask")
+            if traits.mask == "keys" and not (
+                mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == 1
+            ):
+                raise ZooError(
+                    f"{self.spec!r} can hide keys only: mask must have shape (batch, 1, 1, keys), "
+                    f"got {tuple(mask.shape)}"
+                )
+        if bias is not None:
+            if not bias.is_floating_point() or bias.ndim not in (2, 4):
+                raise ZooError(
+                    f"bias of dtype {bias.dtype} and rank {bias.ndim}; allowed: floating point of "
+                    "rank 2 (queries, keys) or 4 (batch, heads, queries, keys)"
+                )
+            if not traits.bias:
+                raise ZooError(f"{self.spec!r} forms no scores that a bias could be added to")
+
+    def _gate(self, gate: Tensor, y: Tensor) -> Tensor:
+        """Bring a head gate to (B|1, H, N|1, 1)."""
+        samples, heads, length, _ = y.shape
+        shapes = {1: (heads,), 2: (samples, heads), 3: (samples, heads, length)}
+        if shapes.get(gate.ndim) != tuple(gate.shape):
+            raise ZooError(
+                f"head_gate of shape {tuple(gate.shape)} does not fit; allowed: "
+                f"{', '.join(str(s) for s in shapes.values())}"
+            )
+        if gate.ndim == 1:
+            return gate[None, :, None, None]
+        return gate[:, :, None, None] if gate.ndim == 2 else gate[..., None]
+
+    def _weights(self, call: Call, strict: bool) -> Tensor | None:
+        if self.attend is None:
+            return engine.weights(self.parts, call)
+        if strict or self.traits.weights:
+            return self.attend.weights(call)
+        return None
+
+    def extra_repr(self) -> str:
+        """Spec and sizes."""
+        return f"{self.spec!r}, dim={self.dim}, heads={self.heads}, causal={self.causal}"

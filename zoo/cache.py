@@ -1,0 +1,160 @@
+"""Caches for step-by-step decoding: growing key/value entries and fixed-size recurrent state.
+
+A `Cache` has one `LayerCache` per attention layer. Parts keep whatever they need in it under
+names of their own: `extend` for entries that grow with the sequence (keys, values, gate keys),
+`get_state` and `set_state` for recurrent state (linear attention, short convolutions).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoo.errors import ZooError
+
+
+@dataclass
+class _Entry:
+    buffer: Tensor
+    size: int  # tokens held, the first `size` along `dim` of the buffer
+    dim: int
+    batched: bool
+
+    def view(self) -> Tensor:
+        return self.buffer.narrow(self.dim, 0, self.size)
+
+
+class LayerCache:
+    """What one layer remembers of the tokens seen so far.
+
+    Attributes:
+        length: Tokens seen, including those that a window has let go.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._entries: dict[str, _Entry] = {}
+        self._states: dict[str, Tensor] = {}
+
+    def extend(
+        self,
+        name: str,
+        new: Tensor,
+        *,
+        dim: int = -2,
+        keep: int | None = None,
+        batched: bool = True,
+    ) -> Tensor:
+        """Append along `dim` and return everything held, including what is dropped afterwards.
+
+        Args:
+            name: Name of the entry.
+            new: The new tokens' tensor.
+            dim: The token axis.
+            keep: Hold at most this many of the latest tokens for the next call; None holds all.
+            batched: Axis 0 is the batch (so that `select` applies to it).
+        """
+        dim %= new.ndim
+        old = self._entries.get(name)
+        if old is not None and keep is None and not torch.is_grad_enabled():
+            return self._append(old, new)
+        full = new if old is None else torch.cat([old.view(), new], dim)
+        size = full.shape[dim] if keep is None else min(keep, full.shape[dim])
+        held = full.narrow(dim, full.shape[dim] - size, size)
+        self._entries[name] = _Entry(held, size, dim, batched)
+        return full
+
+    @staticmethod
+    def _append(entry: _Entry, new: Tensor) -> Tensor:
+        """Write into spare room, doubling it when it runs out: amortised O(new) per step."""
+        total = entry.size + new.shape[entry.dim]
+        if entry.buffer.shape[entry.dim] < total:
+            shape = list(entry.buffer.shape)
+            shape[entry.dim] = 2 * total
+            bigger = entry.buffer.new_zeros(shape)
+            bigger.narrow(entry.dim, 0, entry.size).copy_(entry.view())
+            entry.buffer = bigger
+        entry.buffer.narrow(entry.dim, entry.size, new.shape[entry.dim]).copy_(new)
+        entry.size = total
+        return entry.view()
+
+    def get(self, name: str) -> Tensor | None:
+        """Entry held under a name, or None."""
+        entry = self._entries.get(name)
+        return None if entry is None else entry.view()
+
+    def get_state(self, name: str) -> Tensor | None:
+        """Recurrent state held under a name (batch first), or None."""
+        return self._states.get(name)
+
+    def set_state(self, name: str, value: Tensor) -> None:
+        """Replace a recurrent state (batch first)."""
+        self._states[name] = value
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens after the first `length`.
+
+        Raises:
+            ZooError: A recurrent state or a rolled window cannot go back.
+        """
+        if not 0 <= length <= self.length:
+            raise ZooError(f"crop length={length} must lie between 0 and {self.length}")
+        if length == self.length:
+            return
+        if self._states:
+            raise ZooError(f"recurrent state {next(iter(self._states))!r} cannot be cropped")
+        for name, entry in self._entries.items():
+            if entry.size != self.length:
+                raise ZooError(f"entry {name!r} holds a window of the past and cannot be cropped")
+            entry.size = length
+        self.length = length
+
+    def select(self, index: Tensor) -> None:
+        """Reorder or repeat the batch, e.g. for beams: (B',) int64 indices into the batch."""
+        for entry in self._entries.values():
+            if entry.batched:
+                entry.buffer = entry.buffer.index_select(0, index)
+        self._states = {n: s.index_select(0, index) for n, s in self._states.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, spare room not counted."""
+        held = [e.view() for e in self._entries.values()] + list(self._states.values())
+        return sum(t.numel() * t.element_size() for t in held)
+
+
+class Cache:
+    """One `LayerCache` per layer, made when a layer first asks for it."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, LayerCache] = {}
+
+    def __getitem__(self, layer: int) -> LayerCache:
+        if layer not in self._layers:
+            self._layers[layer] = LayerCache()
+        return self._layers[layer]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far."""
+        return max((layer.length for layer in self._layers.values()), default=0)
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens after the first `length` in every layer."""
+        for layer in self._layers.values():
+            layer.crop(length)
+
+    def select(self, index: Tensor) -> None:
+        """Reorder or repeat the batch of every layer: (B',) int64 indices."""
+        for layer in self._layers.values():
+            layer.select(index)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(layer.nbytes for layer in self._layers.values())

@@ -1,0 +1,1 @@
+"""Parts for the socket `combine`: one file per mechanism."""

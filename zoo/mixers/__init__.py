@@ -1,0 +1,1 @@
+"""Whole modules (B, N, C) -> (B, N, C): one file per mechanism."""

@@ -1,0 +1,1 @@
+"""Parts for the socket `normalize`: one file per mechanism."""

@@ -1,0 +1,1 @@
+"""Parts for the socket `position`: one file per mechanism."""

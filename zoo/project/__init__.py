@@ -1,0 +1,1 @@
+"""Parts for the socket `project`: one file per mechanism."""

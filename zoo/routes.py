@@ -1,0 +1,168 @@
+"""Routes: who computes a combination of parts, and why the others do not.
+
+A route answers `refuse` with a reason or with None, and runs. The host asks them in order: those
+that the parts bring themselves, SDPA, SDPA in strips, and last the strip engine, which takes
+everything. All routes give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo import engine
+from zoo.errors import ZooError, unknown
+from zoo.parts import Call, repeat_heads
+
+if TYPE_CHECKING:
+    from zoo.attention import Attention
+
+
+@dataclass(frozen=True)
+class Route:
+    """A way to compute a pass.
+
+    Args:
+        name: Short name, used in explanations and as the host's `route` argument.
+        refuse: Reason why the route cannot take this pass, or None.
+        run: Outputs of the heads, (B, heads, N, v_dim).
+    """
+
+    name: str
+    refuse: Callable[[Attention, Call], str | None]
+    run: Callable[[Attention, Call], Tensor]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a host does with a pass.
+
+    Args:
+        route: Name of the route taken.
+        refused: Reason of every route that was asked before it, by name.
+        skipped: Routes that could have taken it too and come later.
+    """
+
+    route: str
+    refused: dict[str, str]
+    skipped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"takes {self.route}"]
+        lines += [f"not {name}: {reason}" for name, reason in self.refused.items()]
+        if self.skipped:
+            lines.append(f"also possible, but slower: {', '.join(self.skipped)}")
+        return "\n".join(lines)
+
+
+def _plain_softmax(host: Attention, call: Call) -> str | None:
+    for kind, wanted in (("score", "dot"), ("normalize", "softmax")):
+        found = host.part_names[kind]
+        if found != wanted:
+            return f"{kind} is {found!r}, not {wanted!r}"
+    if call.dropout and call.q.device.type == "cpu":
+        return "its CPU form with dropout holds all N x M weights"
+    return None
+
+
+def _refuse_sdpa(host: Attention, call: Call) -> str | None:
+    reason = _plain_softmax(host, call)
+    if reason:
+        return reason
+    if host.position.biases:
+        return f"position {host.part_names['position']!r} biases the scores"
+    if host.part_names["select"] != "all":
+        return f"select {host.part_names['select']!r} hides pairs"
+    rows, keys = call.q.shape[2], call.k.shape[2]
+    if call.causal and rows > 1:
+        if rows != keys:
+            return "its causal mask starts top-left, but there are cached keys"
+        if call.mask is not None or call.bias is not None:
+            return "it takes no mask or bias beside is_causal"
+    if call.mask is not None and call.bias is not None:
+        return "it takes a mask or a bias, not both"
+    if call.mask is not None and call.mask.shape[2] > 1:
+        return "rows of the mask may be empty"
+    return None
+
+
+def _run_sdpa(host: Attention, call: Call) -> Tensor:
+    heads = call.q.shape[1]
+    attn_mask = call.mask
+    if call.bias is not None:
+        attn_mask = call.bias.to(call.q.dtype)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*attn_mask.shape[:2], call.q.shape[2], call.k.shape[2])
+    y = F.scaled_dot_product_attention(
+        call.q,
+        repeat_heads(call.k, heads),
+        repeat_heads(call.v, heads),
+        attn_mask=attn_mask,
+        dropout_p=call.dropout,
+        is_causal=call.causal and call.q.shape[2] > 1,
+        scale=call.scale,
+    )
+    if call.mask is not None:
+        y = y.masked_fill(~call.mask.any(-1, keepdim=True), 0.0)
+    return y
+
+
+def _refuse_strips(host: Attention, call: Call) -> str | None:
+    reason = _plain_softmax(host, call)
+    if reason:
+        return reason
+    if host.position.biases and not host.position.static:
+        return f"the bias of {host.part_names['position']!r} depends on queries or scores"
+    return None
+
+
+SDPA = Route("sdpa", _refuse_sdpa, _run_sdpa)
+SDPA_STRIPS = Route(
+    "sdpa_strips", _refuse_strips, lambda host, call: engine.run(host.parts, call, fused=True)
+)
+ENGINE = Route("engine", lambda host, call: None, lambda host, call: engine.run(host.parts, call))
+DENSE = Route(
+    "dense", lambda host, call: None, lambda host, call: engine.run(host.parts, call, whole=True)
+)
+
+
+def candidates(host: Attention) -> list[Route]:
+    """Every route of a host, in the order in which they are asked."""
+    own = [r for part in host.socket_parts() for r in part.routes()]
+    return [*own, SDPA, SDPA_STRIPS, ENGINE]
+
+
+def choose(host: Attention, call: Call) -> Route:
+    """First route that takes the pass, or the one that the host was told to take.
+
+    Raises:
+        ZooError: The route asked for by name is unknown or cannot take the pass.
+    """
+    routes = candidates(host)
+    if host.route == "auto":
+        return next(route for route in routes if route.refuse(host, call) is None)
+    for route in [*routes, DENSE]:
+        if route.name == host.route:
+            reason = route.refuse(host, call)
+            if reason:
+                raise ZooError(f"route={host.route!r} cannot take this pass: {reason}")
+            return route
+    raise unknown("route", host.route, ["auto", DENSE.name, *(r.name for r in routes)])
+
+
+def explain(host: Attention, call: Call) -> Explanation:
+    """Say which route takes a pass and why not the others."""
+    taken = choose(host, call)
+    refused: dict[str, str] = {}
+    skipped = []
+    for route in candidates(host):
+        reason = route.refuse(host, call)
+        if reason:
+            refused[route.name] = reason
+        elif route.name != taken.name:
+            skipped.append(route.name)
+    return Explanation(taken.name, refused, tuple(skipped))

@@ -1,0 +1,1 @@
+"""Parts for the socket `score`: one file per mechanism."""

@@ -1,0 +1,1 @@
+"""Parts for the socket `select`: one file per mechanism."""
