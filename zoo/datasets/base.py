@@ -31,9 +31,9 @@ def content_hash(*items: Tensor | bytes | str) -> str:
     for item in items:
         if isinstance(item, Tensor):
             data = item.contiguous().numpy()
-            head, body = f"{data.dtype}{data.shape}".encode(), memoryview(data).cast("B")
+            head, body = f"{data.dtype}{data.shape}".encode(), data.tobytes()
         else:
-            body = memoryview(item if isinstance(item, bytes) else item.encode())
+            body = item if isinstance(item, bytes) else item.encode()
             head = str(len(body)).encode()
         digest.update(head + b":")
         digest.update(body)

@@ -9,6 +9,9 @@ Statements are drawn with weights 1 (set a variable to 0), 7 (increment one that
 statements is uniform, 3 to 512 in the paper. A program without any variable is drawn again. The
 only target is the answer, at the last token of the question; padding follows it.
 
+The defaults, 3 to 64 statements with weight 10 for pass, are a short form in which the answers are
+distributed much as they are at the paper's length.
+
 Where we follow neither code nor paper: the official code cuts the beginning off a program that is
 too long, which can remove what the question asks for. Here a program ends before the statement
 that would not fit, so that every question has an answer.
@@ -192,14 +195,14 @@ class Counting(SyntheticData):
         ZooError: An impossible size or weight.
     """
 
-    seq_len: int = 96
+    seq_len: int = 128
     variables: int = 1
     max_value: int = 10
     min_statements: int = 3
     max_statements: int = 64
     set_weight: float = 1
     increment_weight: float = 7
-    pass_weight: float = 50
+    pass_weight: float = 10
     test_statements: Sequence[int] = (128,)
 
     def __post_init__(self) -> None:

@@ -127,8 +127,7 @@ class MQAR(SyntheticData):
             )
         if self.vocab_size <= seq_len:
             raise ZooError(
-                f"vocab_size must be greater than {length_name} = {seq_len}; "
-                f"got {self.vocab_size}"
+                f"vocab_size must be greater than {length_name} = {seq_len}; got {self.vocab_size}"
             )
 
     def generate(self) -> Callable[..., tuple[Tensor, Tensor]]:

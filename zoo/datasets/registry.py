@@ -114,9 +114,7 @@ def create(name: str, **options: Any) -> DataModule:
     known = info(name)
     for option in options:
         if option not in known.options and option not in known.required:
-            raise unknown(
-                f"option of data set {name!r}", option, [*known.options, *known.required]
-            )
+            raise unknown(f"option of data set {name!r}", option, [*known.options, *known.required])
     for option in known.required:
         if option not in options:
             raise ZooError(f"data set {name!r} needs the option {option!r}; it has no default")
@@ -145,7 +143,9 @@ def from_yaml(path: str | Path, **overrides: Any) -> DataModule:
         raise ZooError(f"data file {str(path)!r} needs the key 'name', the registered data set")
     for key in content:
         if key not in ("name", "description", "options"):
-            raise unknown(f"key in data file {str(path)!r}", key, ("description", "name", "options"))
+            raise unknown(
+                f"key in data file {str(path)!r}", key, ("description", "name", "options")
+            )
     options = content.get("options") or {}
     if not isinstance(options, dict):
         raise ZooError(f"options in data file {str(path)!r} is {options!r}; allowed: a mapping")

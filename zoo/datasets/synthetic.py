@@ -165,9 +165,7 @@ class SyntheticData(DataModule):
         return content_hash(str(self.name), json.dumps(facts, sort_keys=True))
 
 
-def distinct(
-    rows: int, count: int, low: int, high: int, generator: torch.Generator
-) -> Tensor:
+def distinct(rows: int, count: int, low: int, high: int, generator: torch.Generator) -> Tensor:
     """Draw different numbers for every row, uniformly and in random order.
 
     Args:

@@ -1,8 +1,8 @@
 """The leaderboard: one Markdown page made from the records alone.
 
 The same set of records gives the same bytes, in whatever order it comes and on whatever day: no
-clock, no locale and no list of installed mechanisms has a say. `render` is the page, `write` puts it
-in place, and `verify` tells whether a page on disk is still the one that its records give.
+clock, no locale and no list of installed mechanisms has a say. `render` is the page, `write` puts
+it in place, and `verify` tells whether a page on disk is still the one that its records give.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 from zoo.errors import ZooError
 from zoo.runs import stats
-from zoo.runs.markdown import NONE, code, figures, milliseconds, quantity, size, table
+from zoo.runs.markdown import NONE, code, table
 from zoo.runs.records import Record, read_all, replace_text
-from zoo.runs.stats import Row, Spread, Table
+from zoo.runs.standings import SEEDS, arrow, section, spread
+from zoo.runs.stats import Row, Table
 
 COMMAND = "zoo leaderboard"
-SEEDS = 3
 
 _PROTOCOL = f"""\
 # Leaderboard
@@ -28,15 +28,16 @@ _PROTOCOL = f"""\
 Made from the run records alone; `{COMMAND}` makes it again, byte for byte.
 
 **Protocol.** Runs share a table only if everything but the attention, the learning rate and the
-seed is equal: host, data and their order, optimiser, number of steps. The learning rate is chosen on
-validation: the rate with the most usable seeds, then the best mean, then the smaller rate. At that
-rate the figures are from the test split: mean ± standard deviation (ddof = 1) and, in brackets, the
-number of seeds, of which a comparison needs {SEEDS}; one seed has no deviation. A run that diverged
-(nan) or failed has no figure: it shows in the brackets as in "2 of 3", counts as unsolved, and is
-listed. "vs softmax" is the mean difference over the shared seeds with its 95 % Student t interval,
-each row for itself, and "differs" tells whether that interval excludes zero. Equal rounded means
-share a rank. "lr (tried)" has the rate chosen and the number of rates; "runs" are those of all rates.
-Times are medians of one training step, FLOPs and state those of one sequence or image, forward.
+seed is equal: host, data and their order, optimiser, number of steps. The learning rate is chosen
+on validation: the rate with the most usable seeds, then the best mean, then the smaller rate. At
+that rate the figures are from the test split: mean ± standard deviation (ddof = 1) and, in
+brackets, the number of seeds, of which a comparison needs {SEEDS}; one seed has no deviation. A run
+that diverged (nan) or failed has no figure: it shows in the brackets as in "2 of 3", counts as
+unsolved, and is listed. "vs softmax" is the mean difference over the shared seeds with its 95 %
+Student t interval, each row for itself, and "differs" tells whether that interval excludes zero.
+Equal rounded means share a rank. "lr (tried)" has the rate chosen and the number of rates; "runs"
+are those of all rates. Times are medians of one training step; FLOPs and state are those of one
+sequence or image, forward.
 """
 
 
@@ -56,7 +57,7 @@ def render(records: Iterable[Record]) -> str:
         if key.track != track:
             track = key.track
             parts.append(f"## Track {code(track)}\n")
-        parts += [_introduction(key, rows, settings[key]), _standings(key, rows), _notes(rows)]
+        parts.append(section(key, rows, settings[key]))
     return "\n".join(parts)
 
 
@@ -104,43 +105,28 @@ def verify(path: str | Path, folder: str | Path) -> str:
     return f"{path} is not what {folder} gives, from line {line} on; run `{COMMAND}`"
 
 
-def _spread(spread: Spread | None, attempts: int) -> str:
-    if spread is None:
-        return f"no figure (0 of {attempts})"
-    seeds = str(spread.n) if spread.n == attempts else f"{spread.n} of {attempts}"
-    if spread.std is None:
-        return f"{figures(spread.mean)[0]} ({seeds})"
-    mean, std = figures(spread.mean, spread.std)
-    return f"{mean} ± {std} ({seeds})"
-
-
 def _summary(tables: Mapping[Table, list[Row]]) -> str:
     recipes = Counter(key.recipe for key in tables)
     header = ["attention"]
     cells: dict[str, dict[Table, str]] = defaultdict(dict)
     for key, rows in tables.items():
         group = f" {code(key.group)}" if recipes[key.recipe] > 1 else ""
-        header.append(f"{code(key.recipe)}{group} {_arrow(key)}")
+        header.append(f"{code(key.recipe)}{group} {arrow(key)}")
         for row in rows:
-            cells[row.attention][key] = _spread(row.spread, row.attempts)
+            cells[row.attention][key] = spread(row.spread, row.attempts)
     order = sorted(cells, key=lambda name: (not stats.is_softmax(name), name))
     return table(
         header, [[code(name), *(cells[name].get(key, NONE) for key in tables)] for name in order]
     )
 
 
-def _arrow(key: Table) -> str:
-    return "↑" if key.mode == "max" else "↓"
-
-
 def _settings(tables: Mapping[Table, list[Row]]) -> dict[Table, dict[str, str]]:
     """Return what tells the tables of one recipe apart: the settings that differ between them."""
-    flat: dict[Table, dict[str, set[str]]] = {}
+    flat: dict[Table, dict[str, set[str]]] = {key: defaultdict(set) for key in tables}
     for key, rows in tables.items():
-        found = flat[key] = defaultdict(set)
         for record in (run for row in rows for run in row.runs):
             for name, value in _flatten(record.config):
-                found[name].add(json.dumps(value, sort_keys=True))
+                flat[key][name].add(json.dumps(value, sort_keys=True))
     differing: dict[Table, dict[str, str]] = {}
     for key, found in flat.items():
         others = [flat[other] for other in tables if other.recipe == key.recipe]
@@ -160,15 +146,3 @@ def _flatten(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
             yield from _flatten(item, f"{name}.{key}" if name else key)
     else:
         yield name, value
-
-
-def _introduction(key: Table, rows: list[Row], settings: Mapping[str, str]) -> str:
-    runs = [run for row in rows for run in row.runs]
-    better = "higher" if key.mode == "max" else "lower"
-    steps = ", ".join(map(str, sorted({run.config_steps for run in runs})))
-    text = f"### {code(key.recipe)}, group {code(key.group)}\n\n"
-    text += f"Reports {code(key.report)} ({better} is better), chosen by {code(key.select)}"
-    if key.solved is not None:
-        text += f"; solved at {'≥' if key.mode == 'max' else '≤'} {key.solved:g}"
-    data = sorted({f"{run.data['name']} {(run.data['fingerprint'] or '')[:12]}" for run in runs})
-    return text

@@ -1,0 +1,218 @@
+"""The decoder language model: shapes, cache, layouts, positions, initialisation, generation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import zoo
+from zoo import models
+from zoo.models.decoder_lm import DecoderLM, ShortConv, _sample
+
+
+def build(**options):
+    torch.manual_seed(0)
+    defaults = {"dim": 32, "depth": 2, "heads": 4, "max_len": 32}
+    return DecoderLM(11, **{**defaults, **options})
+
+
+TOKENS = torch.randint(0, 11, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def test_logits_have_the_shape_of_the_tokens_and_the_vocabulary():
+    assert build()(TOKENS).shape == (2, 9, 11)
+
+
+@pytest.mark.parametrize("conv", [0, 3])
+def test_a_later_token_changes_nothing_before_it(conv):
+    model = build(conv=conv)
+    changed = TOKENS.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 11
+    a, b = model(TOKENS), model(changed)
+    torch.testing.assert_close(a[:, :5], b[:, :5], rtol=0, atol=0)
+    assert (a[:, 5:] != b[:, 5:]).any(-1).all()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"conv": 3},
+        {"position": "none", "conv": 4},
+        {"kv_heads": 2, "qk_norm": True},
+        {"mlp": 0},
+    ],
+    ids=str,
+)
+def test_decoding_with_the_cache_equals_the_parallel_form(options, grad):
+    model = build(**options).eval()
+    with torch.set_grad_enabled(grad):
+        whole = model(TOKENS)
+        cache = zoo.Cache()
+        steps = [model(TOKENS[:, :4], cache=cache)]
+        steps += [model(TOKENS[:, i : i + 1], cache=cache) for i in range(4, 7)]
+        steps.append(model(TOKENS[:, 7:], cache=cache))
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-5, atol=1e-5)
+    assert cache.length == 9
+    assert len(cache) == 2
+
+
+def test_tied_embeddings_share_one_tensor():
+    tied, untied = build(), build(tie=False)
+    assert tied.head.weight is tied.embedding.weight
+    extra = sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters())
+    assert extra == 11 * 32
+
+
+def test_layers_differ_as_the_layout_says():
+    model = build(depth=5, attention="mha", layers={"first": "gqa", "every": 2, "other": "mqa"})
+    assert [block.attn.spec for block in model.blocks] == ["gqa", "mqa", "mha", "mqa", "mha"]
+    assert [block.attn.kv_heads for block in model.blocks] == [1, 1, 4, 1, 4]
+
+
+def test_a_position_that_embeds_is_added_once_below_the_layers():
+    model = build(position="learned")
+    assert model.position is not None
+    assert [block.attn.spec for block in model.blocks] == ["mha", "mha"]
+    assert model.position.table.shape == (32, 32)
+
+
+def test_a_position_in_the_spec_replaces_the_default():
+    model = build(attention="mha+rope", position="learned")
+    assert model.position is None
+    assert [block.attn.spec for block in model.blocks] == ["mha+rope", "mha+rope"]
+
+
+def test_layers_that_disagree_on_the_embedding_are_refused():
+    with pytest.raises(zoo.ZooError, match="disagree"):
+        build(attention="mha+sinusoidal", layers={"first": "mha+learned"})
+
+
+def test_initialisation_is_small_and_residual_outputs_are_scaled():
+    model = build(dim=64, depth=8)
+    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    proj = model.blocks[0].attn.combine.proj.weight
+    assert proj.std().item() == pytest.approx(0.02 / 4, rel=0.1)
+    assert model.blocks[0].mlp.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.1)
+
+
+def test_a_special_initialisation_survives_the_models_own():
+    model = build(attention="differential")
+    plain = zoo.create("differential", 32, 4, causal=True)
+    for name, parameter in model.blocks[0].attn.normalize.named_parameters():
+        if name.startswith("lambda"):
+            reference = dict(plain.normalize.named_parameters())[name]
+            assert parameter.std() == pytest.approx(reference.std().item(), rel=1.5)
+            assert parameter.std() > 0.03
+
+
+def test_generation_is_reproducible_and_keeps_the_prompt():
+    model = build(conv=3)
+    runs = [
+        model.generate(TOKENS, 6, top_k=5, top_p=0.9, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    ]
+    assert torch.equal(*runs)
+    assert runs[0].shape == (2, 15)
+    assert torch.equal(runs[0][:, :9], TOKENS)
+    assert model.training
+
+
+def test_greedy_generation_follows_the_parallel_argmax():
+    model = build().eval()
+    tokens = TOKENS
+    for _ in range(5):
+        tokens = torch.cat([tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(model.generate(TOKENS, 5, temperature=0), tokens)
+
+
+def test_generation_stops_when_every_sequence_has_ended():
+    model = build().eval()
+    first = int(model(TOKENS[:1])[0, -1].argmax())
+    assert model.generate(TOKENS[:1], 9, temperature=0, eos=first).shape == (1, 10)
+
+
+def test_sampling_keeps_to_top_k_and_top_p():
+    logits = torch.tensor([[3.0, 2.0, 1.0, -5.0]]).repeat(200, 1)
+    generator = torch.Generator().manual_seed(0)
+    assert set(_sample(logits, 1.0, 2, None, generator).flatten().tolist()) == {0, 1}
+    assert set(_sample(logits, 1.0, None, 0.6, generator).flatten().tolist()) == {0}
+    assert set(_sample(logits, 1.0, None, 0.7, generator).flatten().tolist()) == {0, 1}
+
+
+def test_the_short_convolution_by_hand():
+    conv = ShortConv(1, 2)
+    with torch.no_grad():
+        conv.conv.weight.copy_(torch.tensor([[[10.0, 1.0]]]))
+    x = torch.tensor([[[1.0], [2.0], [3.0]]])
+    # y_t = x_t + 10 x_{t-1} + 1 x_t
+    assert conv(x).flatten().tolist() == [2.0, 14.0, 26.0]
+
+
+def test_round_trips():
+    model = build(conv=3)
+    model(TOKENS).sum().backward()
+    other = build(conv=3)
+    other.load_state_dict(copy.deepcopy(model).state_dict())
+    torch.testing.assert_close(other(TOKENS), model(TOKENS), rtol=0, atol=0)
+
+
+def test_padding_at_the_end_does_not_reach_the_real_tokens():
+    model = build(conv=3)
+    mask = zoo.padding_mask(torch.tensor([9, 5]))
+    padded = model(TOKENS, mask=mask)
+    torch.testing.assert_close(padded[1:, :5], model(TOKENS[1:, :5]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 30}, "not divisible by heads"),
+        ({"conv": 1}, "conv=1"),
+        ({"mlp": -1}, "mlp=-1"),
+        ({"attention": "mah"}, "unknown mechanism 'mah'"),
+        ({"position": "mha"}, "must be one position part"),
+        ({"layers": {"frist": "mha"}}, "did you mean 'first'"),
+        ({"layers": {"every": 2}}, "go together"),
+        ({"layers": {"every": 0, "other": "mha"}}, "every=0"),
+        ({"depth": 0}, "depth=0"),
+        ({"dropout": 1.5}, "dropout"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises((zoo.ZooError, ValueError), match=message):
+        build(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"steps": -1}, "steps"),
+    ],
+)
+def test_bad_sampling_arguments_are_refused(options, message):
+    with pytest.raises(zoo.ZooError, match=message):
+        build().generate(TOKENS, **{"steps": 2, **options})
+
+
+def test_a_sequence_longer_than_the_table_is_refused():
+    with pytest.raises(zoo.ZooError, match="max_len"):
+        build(max_len=8)(TOKENS)
+
+
+def test_models_are_made_by_name_and_bad_names_are_refused():
+    model = models.create("decoder_lm", vocab_size=5, dim=16, heads=2)
+    assert isinstance(model, DecoderLM)
+    with pytest.raises(zoo.ZooError, match="did you mean 'decoder_lm'"):
+        models.create("decoder")
+    with pytest.raises(zoo.ZooError, match="did you mean 'depth'"):
+        models.create("decoder_lm", vocab_size=5, dpth=3)
+    with pytest.raises(zoo.ZooError, match="vocab_size"):
+        models.create("decoder_lm")

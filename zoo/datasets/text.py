@@ -1,0 +1,168 @@
+"""Byte-level language data: windows over the bytes of a training, validation and test text."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from zoo.datasets import checks
+from zoo.datasets.base import DataModule, content_hash
+from zoo.datasets.order import Draws, Order, Source
+from zoo.errors import ZooError
+
+SHARES = {"train": 0.9, "val": 0.05, "test": 0.05}
+"""How a limit on the bytes is divided among the splits."""
+
+
+def path_hash(path: str) -> int:
+    """Return 64 bits of the SHA-256 of a relative path, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
+
+
+def limits(max_bytes: int | None) -> Mapping[str, int | None]:
+    """Return the most bytes of each split, or None for all of them."""
+    if max_bytes is None:
+        return dict.fromkeys(SHARES)
+    return {split: round(share * max_bytes) for split, share in SHARES.items()}
+
+
+def join(pieces: Iterable[bytes], limit: int | None) -> bytes:
+    """Concatenate pieces up to a number of bytes, asking for no more of them than it takes."""
+    parts = []
+    left = limit
+    for piece in pieces:
+        parts.append(piece if left is None else piece[:left])
+        if left is not None:
+            left -= len(parts[-1])
+            if left <= 0:
+                break
+    return b"".join(parts)
+
+
+class Windows:
+    """Windows of a text with the next byte as target.
+
+    Args:
+        text: Bytes (L,).
+        seq_len: Bytes per window, T.
+        starts: Where the windows start; None for a window at every position.
+    """
+
+    def __init__(self, text: Tensor, seq_len: int, starts: Tensor | None = None) -> None:
+        self.text, self.seq_len, self.starts = text, seq_len, starts
+
+    def __len__(self) -> int:
+        return len(self.text) - self.seq_len if self.starts is None else len(self.starts)
+
+    def take(self, indices: Tensor) -> dict[str, Tensor]:
+        """Return tokens and targets (B, T) of the windows at these indices."""
+        starts = indices if self.starts is None else self.starts[indices]
+        window = self.text[starts[:, None] + torch.arange(self.seq_len + 1)].long()
+        return {"tokens": window[:, :-1].contiguous(), "targets": window[:, 1:].contiguous()}
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ByteText(DataModule):
+    """Base of the byte-level texts: the next byte is the target at every position.
+
+    Training windows start anywhere, drawn from (seed, step). Validation and test windows follow
+    each other without overlap; the last one that is not full is left out.
+
+    Args:
+        seq_len: Bytes per window.
+        max_bytes: Most bytes to use, 90 % of them for training; None uses everything.
+        val_windows: Most validation windows, spread evenly over the text; None uses all.
+        test_windows: Most test windows, spread evenly over the text; None uses all.
+        batch_size: Training windows per step.
+        eval_batch_size: Windows per validation or test batch.
+        seed: Seed of the training windows.
+        num_workers: Processes that prepare batches.
+    """
+
+    seq_len: int = 128
+    max_bytes: int | None = None
+    val_windows: int | None = None
+    test_windows: int | None = None
+
+    task = "language"
+    vocab_size: ClassVar[int] = 256
+    bytes_per_token: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.whole("seq_len", self.seq_len, 1)
+        if self.max_bytes is not None:
+            checks.whole("max_bytes", self.max_bytes, 1)
+            need = math.ceil((self.seq_len + 1) / min(SHARES.values()))
+            if self.max_bytes < need:
+                raise ZooError(
+                    f"max_bytes {self.max_bytes} leaves no window of seq_len {self.seq_len} for "
+                    f"validation; allowed: at least {need}"
+                )
+        for name in ("val_windows", "test_windows"):
+            if getattr(self, name) is not None:
+                checks.whole(name, getattr(self, name), 1)
+        self._windows: dict[str, Windows] = {}
+        self._digest = ""
+
+    def read(self) -> Mapping[str, bytes]:
+        """Return the bytes of "train", "val" and "test"."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        """Read the text and cut the evaluation windows.
+
+        Raises:
+            ZooError: A split is shorter than a window.
+        """
+        texts = self.read()
+        for split, text in texts.items():
+            if len(text) <= self.seq_len:
+                raise ZooError(
+                    f"seq_len {self.seq_len} is too long for the {split} split of data set "
+                    f"{self.name!r}, which has {len(text)} bytes; allowed: at most "
+                    f"{max(len(text) - 1, 0)}"
+                )
+        most = {"train": None, "val": self.val_windows, "test": self.test_windows}
+        for split, text in texts.items():
+            data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            starts = None if split == "train" else self._starts(len(text), most[split])
+            self._windows[split] = Windows(data, self.seq_len, starts)
+        self._digest = content_hash(*(item for pair in texts.items() for item in pair))
+
+    def _starts(self, length: int, most: int | None) -> Tensor:
+        count = (length - 1) // self.seq_len
+        chosen = count if most is None else min(most, count)
+        return torch.arange(chosen) * count // chosen * self.seq_len
+
+    def source(self, split: str) -> Source:
+        """Return the windows of a split."""
+        return self._windows[split]
+
+    def size(self, split: str) -> int:
+        """Return the number of windows of a split."""
+        return len(self._windows[split])
+
+    def order(self) -> Order:
+        """Return the order of training: independent draws of a starting position."""
+        return Draws(self.size("train"), self.batch_size, self.seed)
+
+    def digest(self) -> str:
+        """Return the hash of the bytes of all splits."""
+        return self._digest
+
+    @staticmethod
+    def encode(text: str) -> list[int]:
+        """Return the tokens of a string, its UTF-8 bytes."""
+        return list(text.encode())
+
+    @staticmethod
+    def decode(tokens: list[int]) -> str:
+        """Return the string of tokens; bytes that are no UTF-8 become replacement characters."""
+        return bytes(tokens).decode(errors="replace")

@@ -1,0 +1,384 @@
+"""A decoder language model whose attention is a specification.
+
+Pre-norm RMSNorm, SwiGLU, tied embeddings (as in LLaMA, Touvron et al. 2023), and optionally a
+short causal depthwise convolution before each mixer: recall tasks hinge on it (Arora et al. 2023,
+"Zoology"), so it belongs to the host, where it is the same for every mechanism.
+
+Legend: B batch, N length, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.cache import Cache, LayerCache
+from zoo.errors import ZooError
+from zoo.factory import create
+from zoo.parts import Part, Position, build
+from zoo.registry import info
+from zoo.spec import DEFAULTS, PartSpec, layout, parse, without
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution over the last few tokens, added to its input.
+
+    Args:
+        dim: Channels.
+        kernel: Taps, the token itself included; at least 2.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if kernel < 2:
+            raise ZooError(f"conv={kernel!r} must be 0 (none) or at least 2 taps")
+        self.kernel = kernel
+        self.conv = nn.Conv1d(dim, dim, kernel, groups=dim, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """(B, N, C) to (B, N, C); the cache holds the last ``kernel - 1`` inputs."""
+        taps = self.kernel - 1
+        past = cache.get_state("short_conv") if cache is not None else None
+        padded = F.pad(x, (0, 0, taps, 0)) if past is None else torch.cat([past, x], 1)
+        if cache is not None:
+            cache.set_state("short_conv", padded[:, -taps:])
+        return x + self.conv(padded.transpose(1, 2)).transpose(1, 2)
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP: W_2 (silu(W_1 x) * W_3 x) (Shazeer 2020).
+
+    Args:
+        dim: Channels.
+        hidden: Width inside.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        made: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
+        self.up = nn.Linear(dim, 2 * hidden, **made)
+        self.down = nn.Linear(hidden, dim, **made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        gate, value = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        dim: Channels.
+        attn: The mixer, an `Attention` host or a whole module.
+        hidden: Width of the MLP, 0 for none.
+        conv: Taps of the short convolution, 0 for none.
+        dropout: On both residual branches.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        hidden: int,
+        conv: int,
+        dropout: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm1 = nn.RMSNorm(dim, eps=1e-6, **made)
+        self.conv = ShortConv(dim, conv, **made) if conv else None
+        self.attn = attn
+        self.norm2 = nn.RMSNorm(dim, eps=1e-6, **made) if hidden else None
+        self.mlp = SwiGLU(dim, hidden, **made) if hidden else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        y = self.norm1(x)
+        if self.conv is not None:
+            y = self.conv(y, cache)
+        x = x + self.dropout(self.attn(y, mask=mask, positions=positions, cache=cache))
+        if self.mlp is not None and self.norm2 is not None:
+            x = x + self.dropout(self.mlp(self.norm2(x)))
+        return x
+
+
+class DecoderLM(nn.Module):
+    """Causal language model over any mechanism of the zoo.
+
+    Args:
+        vocab_size: Tokens V.
+        dim: Channels C.
+        depth: Layers.
+        heads: Heads of each layer.
+        attention: Specification of the layers, or a mapping as in `zoo.spec.layout`.
+        layers: Layout of layers: first, last, every, other.
+        position: Position part for every specification that names none; a part that embeds
+            (learned, sinusoidal) is added once, below the first layer.
+        max_len: Longest sequence, for learned positions.
+        conv: Taps of the short convolution in front of each mixer, 0 for none.
+        mlp: Width of the MLP over `dim`, 0 for none; 8/3 makes SwiGLU as large as a plain MLP of 4.
+        dropout: On residual branches, embeddings and attention weights.
+        kv_heads: Key/value heads, None for the projection's default.
+        qk_norm: RMSNorm on q and k.
+        tie: Output layer shares the embedding.
+        device: Where parameters are made.
+        dtype: Their type.
+
+    Raises:
+        ZooError: A size does not fit, or a name or option is unknown.
+        CompatibilityError: Parts that cannot work together or cannot be causal.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        dim: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+        attention: str | Mapping[str, Any] = "mha",
+        layers: Mapping[str, Any] | None = None,
+        position: str = "learned",
+        max_len: int = 1024,
+        conv: int = 0,
+        mlp: float = 8 / 3,
+        dropout: float = 0.0,
+        kv_heads: int | None = None,
+        qk_norm: bool = False,
+        tie: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if vocab_size < 1:
+            raise ZooError(f"vocab_size={vocab_size!r} must be at least 1")
+        if mlp < 0:
+            raise ZooError(f"mlp={mlp!r} must be 0 (none) or a positive ratio")
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.vocab_size, self.max_len = vocab_size, max_len
+        self.specs, embedding = self._specs(layout(attention, depth, layers), position)
+        self.embedding = nn.Embedding(vocab_size, dim, **made)
+        self.position = self._embedding_position(embedding, dim, max_len, made)
+        self.dropout = nn.Dropout(dropout)
+        hidden = 0 if mlp == 0 else max(8, round(mlp * dim / 8) * 8)
+        self.blocks = nn.ModuleList()
+        for i, spec in enumerate(self.specs):
+            options: dict[str, Any] = {"dim": dim, "heads": heads, "causal": True, **made}
+            if info(parse(spec)[0].name).kind != "mixer":
+                options.update(
+                    dropout=dropout, kv_heads=kv_heads, qk_norm=qk_norm, max_len=max_len, depth=i
+                )
+            mixer = create(spec, **options)
+            self.blocks.append(Block(dim, mixer, hidden, conv, dropout, **made))
+        self.norm = nn.RMSNorm(dim, eps=1e-6, **made)
+        self.head = nn.Linear(dim, vocab_size, bias=False, **made)
+        self.init_weights()
+        if tie:
+            self.head.weight = self.embedding.weight
+
+    @staticmethod
+    def _specs(specs: list[str], position: str) -> tuple[list[str], PartSpec | None]:
+        """Fill in the default position and take out the one that embeds.
+
+        Positions are added to the embeddings once for all layers, so every layer that embeds has
+        to agree on the part.
+        """
+        default = parse(position)
+        if len(default) != 1 or default[0].entry.kind != "position":
+            raise ZooError(f"position={position!r} must be one position part, e.g. 'rope'")
+        rest: list[str] = []
+        found: dict[str, PartSpec] = {}
+        for spec in specs:
+            whole = parse(spec)[0].entry.kind == "mixer"
+            bare, part = (spec, None) if whole else without(spec, "position")
+            part = part or default[0]
+            embeds = issubclass(part.entry.cls, Position) and part.entry.cls.embeds
+            if embeds:
+                found[str(part)] = part
+                rest.append(bare)
+            else:
+                rest.append(
+                    bare if whole or part.name == DEFAULTS["position"] else f"{bare}+{part}"
+                )
+        if len(found) > 1:
+            names = " and ".join(repr(name) for name in found)
+            raise ZooError(f"layers disagree on the positions of the embedding: {names}")
+        return rest, next(iter(found.values()), None)
+
+    @staticmethod
+    def _embedding_position(
+        part: PartSpec | None, dim: int, max_len: int, made: Mapping[str, Any]
+    ) -> Position | None:
+        if part is None:
+            return None
+        facts = {"dim": dim, "max_len": max_len, **made}
+        position = build(part.entry.cls, facts, part.options)
+        assert isinstance(position, Position)
+        return position
+
+    def init_weights(self) -> None:
+        """Normal with std 0.02, residual outputs scaled by 1/sqrt(2 depth) as in GPT-2.
+
+        Parts with an initialisation of their own get it back afterwards.
+        """
+        depth = len(self.blocks)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                residual = name.endswith(("mlp.down", "combine.proj", "attn.proj"))
+                nn.init.normal_(module.weight, std=0.02 / (2 * depth) ** 0.5 if residual else 0.02)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, Part) and module.special_init:
+                module.reset_parameters()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: (B, N) int64.
+            mask: Boolean, True may attend, as `Attention.forward` takes it.
+            positions: (N,) or (B, N) int64; default counts on from the cache.
+            cache: Holds the tokens before these.
+
+        Returns:
+            (B, N, V).
+
+        Raises:
+            ZooError: A token or a shape is out of range.
+        """
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ZooError(
+                f"tokens of shape {tuple(tokens.shape)} must be (batch, length) integers"
+            )
+        x = self.embedding(tokens)
+        if self.position is not None:
+            at = positions
+            if at is None:
+                start = cache.length if cache is not None else 0
+                at = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+            x = self.position.embed(x, at)
+        x = self.dropout(x)
+        for i, block in enumerate(self.blocks):
+            layer = cache[i] if cache is not None else None
+            x = block(x, mask=mask, positions=positions, cache=layer)
+        return self.head(self.norm(x))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        steps: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        eos: int | None = None,
+    ) -> Tensor:
+        """Continue sequences one token at a time, with the cache.
+
+        Args:
+            tokens: Prompt, (B, N) int64, N at least 1.
+            steps: Tokens to add.
+            temperature: Of the softmax; 0 takes the likeliest token.
+            top_k: Sample among this many likeliest tokens.
+            top_p: Sample among the likeliest tokens that together have this probability.
+            generator: Source of randomness.
+            eos: Stop a sequence after this token (and repeat it to the end of the batch).
+
+        Returns:
+            (B, N + steps) int64, shorter when every sequence has ended.
+
+        Raises:
+            ZooError: An argument is out of range.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] < 1:
+            raise ZooError(f"prompt of shape {tuple(tokens.shape)} must be (batch, at least 1)")
+        if steps < 0:
+            raise ZooError(f"steps={steps!r} must not be negative")
+        if temperature < 0:
+            raise ZooError(f"temperature={temperature!r} must not be negative")
+        if top_k is not None and top_k < 1:
+            raise ZooError(f"top_k={top_k!r} must be at least 1")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ZooError(f"top_p={top_p!r} must lie in (0, 1]")
+        was_training = self.training
+        self.eval()
+        try:
+            cache, new = Cache(), tokens
+            ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+            for _ in range(steps):
+                logits = self(new, cache=cache)[:, -1]
+                new = _sample(logits, temperature, top_k, top_p, generator)
+                if eos is not None:
+                    new = new.masked_fill(ended[:, None], eos)
+                    ended |= new[:, 0] == eos
+                tokens = torch.cat([tokens, new], 1)
+                if eos is not None and bool(ended.all()):
+                    break
+            return tokens
+        finally:
+            self.train(was_training)
+
+
+def _sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Draw (B, 1) tokens from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kept, -torch.inf)
+    if top_p is not None:
+        ordered, index = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        ordered = ordered.masked_fill(before >= top_p, -torch.inf)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, index, ordered)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
