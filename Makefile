@@ -54,5 +54,8 @@ format: install
 leaderboard: install
 	@$(BIN)/zoo leaderboard
 
+readme: install
+	@$(BIN)/python -m zoo.catalogue README.md
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,6 +10,9 @@ Importing this package brings in torch and nothing heavier.
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from zoo.attention import Attention, Captured
 from zoo.cache import Cache, LayerCache
 from zoo.collect import auxiliary_losses, capture, padding_mask
@@ -20,6 +23,8 @@ from zoo.registry import list_names as list
 from zoo.spec import canonical
 
 __version__ = "0.1.0"
+# Reached as attributes too, but imported on first use: they bring heavier libraries.
+_LAZY = ("bench", "datasets", "models", "runs", "show", "tasks", "timm")
 __all__ = [
     "Attention",
     "Cache",
@@ -40,3 +45,9 @@ __all__ = [
     "padding_mask",
     "register",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"zoo.{name}")
+    raise AttributeError(f"module 'zoo' has no attribute {name!r}")

@@ -415,8 +415,6 @@ class Attention(nn.Module):
         if given is None:
             return None
         heads, rows, keys = self.heads, q.shape[2], k.shape[2]
-        if self.attend is not None and self.causal:
-            k_start = 0
         x = given[None, None] if given.ndim == 2 else given
         if x.shape[3] == keys + k_start:
             x = x[..., k_start:]  # the window has let the first keys go

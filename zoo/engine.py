@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.parts import Call, Normalize, Position, Score, Select, Strip, grouped_matmul, repeat_heads
 
 # Scores of a strip in bytes. On a CPU a strip should stay in the cache; a GPU wants more rows.
-STRIP_BYTES = {"cpu": 2 * 2**20, "cuda": 128 * 2**20}
+STRIP_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 # Up to this size everything is done in one strip and differentiated without recomputation.
 WHOLE_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 MIN_ROWS = 16
@@ -52,8 +52,11 @@ def strips(call: Call, select: Select, whole: bool = False) -> Iterator[Strip]:
         rows = min(length, max(MIN_ROWS, budget // (samples * row)))
         batch = min(samples, max(1, budget // (rows * row)))
     for b in range(0, samples, max(1, batch)):
-        for lo in range(0, length, max(1, rows)):
-            part = slice(lo, min(lo + rows, length))
+        lot = slice(b, min(b + batch, samples))
+        # One split: its backward is one concatenation, where a slice a strip would cost as many
+        # full-size gradients.
+        for i, q in enumerate(call.q[lot].split(max(1, rows), 2)):
+            part = slice(i * rows, i * rows + q.shape[2])
             first, last = 0, total
             if call.causal:
                 last = min(last, max(0, call.q_start + part.stop - call.k_start))
@@ -61,7 +64,8 @@ def strips(call: Call, select: Select, whole: bool = False) -> Iterator[Strip]:
             if bounds is not None:
                 first, last = max(first, bounds[0]), min(last, bounds[1])
             first = min(first, last)
-            yield Strip(call, slice(b, min(b + batch, samples)), part, slice(first, last))
+            keys = slice(first, last)
+            yield Strip(call, lot, part, keys, q, call.k[lot, :, keys], call.v[lot, :, keys])
 
 
 def _cut(x: Tensor | None, strip: Strip) -> Tensor | None:
@@ -172,21 +176,23 @@ def run(parts: Parts, call: Call, *, fused: bool = False, whole: bool = False) -
     pieces = list(strips(call, parts.select, whole))
     if len(pieces) == 1:
         return run_strip(parts, pieces[0], fused)
-    recompute = torch.is_grad_enabled()
+    if torch.is_grad_enabled():
+        # The random numbers of dropout have to come again when a strip is recomputed.
+        rng = call.dropout > 0
+        outs = [
+            checkpoint(run_strip, parts, strip, fused, use_reentrant=False, preserve_rng_state=rng)
+            for strip in pieces
+        ]
+    else:
+        outs = [run_strip(parts, strip, fused) for strip in pieces]
+    return _join(outs, pieces, call)
+
+
+def _join(outs: list[Tensor], pieces: list[Strip], call: Call) -> Tensor:
+    """Put the strips' outputs together to (B, heads, N, v_dim)."""
     rows: list[Tensor] = []
     samples: list[Tensor] = []
-    for strip in pieces:
-        if recompute:
-            y = checkpoint(
-                run_strip,
-                parts,
-                strip,
-                fused,
-                use_reentrant=False,
-                preserve_rng_state=call.dropout > 0,
-            )
-        else:
-            y = run_strip(parts, strip, fused)
+    for y, strip in zip(outs, pieces, strict=True):
         rows.append(y)
         if strip.rows.stop == call.q.shape[2]:
             samples.append(torch.cat(rows, 2) if len(rows) > 1 else rows[0])
@@ -196,13 +202,10 @@ def run(parts: Parts, call: Call, *, fused: bool = False, whole: bool = False) -
 
 def weights(parts: Parts, call: Call) -> Tensor:
     """All attention weights, (B, heads, N, M), before dropout: the one place that holds N x M."""
-    rows: list[Tensor] = []
-    samples: list[Tensor] = []
     total = call.k.shape[2]
-    for strip in strips(call, parts.select):
+    pieces = list(strips(call, parts.select))
+    outs = []
+    for strip in pieces:
         w = _weights(parts, replace(strip, mask=strip_mask(strip, parts.select)))
-        rows.append(F.pad(w, (strip.keys.start, total - strip.keys.stop)))
-        if strip.rows.stop == call.q.shape[2]:
-            samples.append(torch.cat(rows, 2))
-            rows = []
-    return torch.cat(samples, 0)
+        outs.append(F.pad(w, (strip.keys.start, total - strip.keys.stop)))
+    return _join(outs, pieces, call)

@@ -104,6 +104,9 @@ class Strip:
         batch: Samples of the strip.
         rows: Queries of the strip.
         keys: Keys of the strip.
+        q: Queries of the strip, (B, score_heads, R, qk_dim).
+        k: Keys of the strip, (B, k_heads, M, qk_dim).
+        v: Values of the strip, (B, v_heads, M, v_dim).
         mask: Which pairs may meet, broadcastable to (B, score_heads, R, M), or None for all.
     """
 
@@ -111,22 +114,10 @@ class Strip:
     batch: slice
     rows: slice
     keys: slice
+    q: Tensor
+    k: Tensor
+    v: Tensor
     mask: Tensor | None = None
-
-    @property
-    def q(self) -> Tensor:
-        """Queries of the strip, (B, score_heads, R, qk_dim)."""
-        return self.call.q[self.batch, :, self.rows]
-
-    @property
-    def k(self) -> Tensor:
-        """Keys of the strip, (B, k_heads, M, qk_dim)."""
-        return self.call.k[self.batch, :, self.keys]
-
-    @property
-    def v(self) -> Tensor:
-        """Values of the strip, (B, v_heads, M, v_dim)."""
-        return self.call.v[self.batch, :, self.keys]
 
     @property
     def scale(self) -> float:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from zoo.datasets import checks
-from zoo.datasets.order import Batches, Chunks, EvalBatches, Order, Shard, Source, Steps
+from zoo.datasets.batches import Batches, EvalBatches, Source, Steps
+from zoo.datasets.order import Chunks, Order, Shard
 from zoo.errors import ZooError, unknown
 
 IGNORE = -100

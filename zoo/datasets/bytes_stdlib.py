@@ -48,12 +48,14 @@ def library_files(root: Path) -> dict[str, list[str]]:
                 found.append(path.relative_to(root).as_posix())
     found.sort(key=lambda path: (path_hash(path), path))
     splits: dict[str, list[str]] = {split: [] for split in SHARES}
-    for path in found:
-        share = path_hash(path) / 2**64
-        split = (
-            "val" if share < SHARES["val"] else "test" if share >= 1 - SHARES["test"] else "train"
-        )
-        splits[split].append(path)
+    for name in found:
+        place = path_hash(name) / 2**64
+        if place < SHARES["val"]:
+            splits["val"].append(name)
+        elif place < SHARES["val"] + SHARES["test"]:
+            splits["test"].append(name)
+        else:
+            splits["train"].append(name)
     return splits
 
 

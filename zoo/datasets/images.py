@@ -13,7 +13,8 @@ from torch import Tensor
 
 from zoo.datasets import checks
 from zoo.datasets.base import DataModule, content_hash
-from zoo.datasets.order import Epochs, Order, Source, generator
+from zoo.datasets.batches import Source
+from zoo.datasets.order import Epochs, Order, generator
 from zoo.datasets.parquet import parquet_batches
 from zoo.errors import ZooError
 

@@ -91,7 +91,7 @@ def info(name: str) -> Info:
         ZooError: Unknown name.
     """
     cls = _find(name)
-    options = {f.name: f.default for f in fields(cls) if f.init}  # type: ignore[arg-type]
+    options = {f.name: f.default for f in fields(cls) if f.init}
     return Info(
         name=name,
         task=cls.task,
@@ -141,11 +141,10 @@ def from_yaml(path: str | Path, **overrides: Any) -> DataModule:
         raise ZooError(f"data file {str(path)!r} cannot be read: {error}") from error
     if not isinstance(content, dict) or "name" not in content:
         raise ZooError(f"data file {str(path)!r} needs the key 'name', the registered data set")
+    allowed = ("name", "description", "options")
     for key in content:
-        if key not in ("name", "description", "options"):
-            raise unknown(
-                f"key in data file {str(path)!r}", key, ("description", "name", "options")
-            )
+        if key not in allowed:
+            raise unknown(f"key in data file {str(path)!r}", key, allowed)
     options = content.get("options") or {}
     if not isinstance(options, dict):
         raise ZooError(f"options in data file {str(path)!r} is {options!r}; allowed: a mapping")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from zoo.datasets import checks
 from zoo.datasets.base import DataModule, content_hash
-from zoo.datasets.order import Epochs, Order, Source, Stream, generator
+from zoo.datasets.batches import Source
+from zoo.datasets.order import Epochs, Order, Stream, generator
 
 BLOCK = 256
 EVAL_SEED = 0
@@ -135,6 +136,8 @@ class SyntheticData(DataModule):
 
     def size(self, split: str) -> int:
         """Return the number of examples of a finite split."""
+        if split == "train" and self.train_size is not None:
+            return self.train_size
         return self.val_size if split == "val" else self.test_size
 
     def source(self, split: str) -> Source:
@@ -142,8 +145,8 @@ class SyntheticData(DataModule):
         if split == "train" and self.train_size is None:
             return self.stream(split)
         if split not in self._tables:
-            size = self.train_size if split == "train" else self.size(split)
-            self._tables[split] = Table(self.stream(split).take(torch.arange(size)))
+            rows = torch.arange(self.size(split))
+            self._tables[split] = Table(self.stream(split).take(rows))
         return self._tables[split]
 
     def order(self) -> Order:

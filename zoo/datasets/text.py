@@ -13,7 +13,8 @@ from torch import Tensor
 
 from zoo.datasets import checks
 from zoo.datasets.base import DataModule, content_hash
-from zoo.datasets.order import Draws, Order, Source
+from zoo.datasets.batches import Source
+from zoo.datasets.order import Draws, Order
 from zoo.errors import ZooError
 
 SHARES = {"train": 0.9, "val": 0.05, "test": 0.05}
@@ -110,6 +111,11 @@ class ByteText(DataModule):
                 checks.whole(name, getattr(self, name), 1)
         self._windows: dict[str, Windows] = {}
         self._digest = ""
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest sequence of any split."""
+        return self.seq_len
 
     def read(self) -> Mapping[str, bytes]:
         """Return the bytes of "train", "val" and "test"."""

@@ -128,6 +128,9 @@ class Block(nn.Module):
         """(B, N, C) to (B, N, C)."""
         y = self.norm1(x)
         if self.conv is not None:
+            if mask is not None and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+                # Padding must not reach real tokens through the taps either.
+                y = y * mask[:, 0, 0, -x.shape[1] :, None]
             y = self.conv(y, cache)
         x = x + self.dropout(self.attn(y, mask=mask, positions=positions, cache=cache))
         if self.mlp is not None and self.norm2 is not None:
@@ -315,6 +318,7 @@ class DecoderLM(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
         eos: int | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Continue sequences one token at a time, with the cache.
 
@@ -326,6 +330,8 @@ class DecoderLM(nn.Module):
             top_p: Sample among the likeliest tokens that together have this probability.
             generator: Source of randomness.
             eos: Stop a sequence after this token (and repeat it to the end of the batch).
+            lengths: (B,) real tokens of each prompt, which stand at the end (padding on the left);
+                None where all prompts are of one length.
 
         Returns:
             (B, N + steps) int64, shorter when every sequence has ended.
@@ -343,13 +349,24 @@ class DecoderLM(nn.Module):
             raise ZooError(f"top_k={top_k!r} must be at least 1")
         if top_p is not None and not 0 < top_p <= 1:
             raise ZooError(f"top_p={top_p!r} must lie in (0, 1]")
+        length = tokens.shape[1]
+        visible = None
+        if lengths is not None:
+            if lengths.shape != tokens.shape[:1] or lengths.min() < 1 or lengths.max() > length:
+                raise ZooError(f"lengths={lengths.tolist()!r} must be (batch,), from 1 to {length}")
+            visible = torch.arange(length, device=tokens.device) >= length - lengths[:, None]
         was_training = self.training
         self.eval()
         try:
             cache, new = Cache(), tokens
             ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
             for _ in range(steps):
-                logits = self(new, cache=cache)[:, -1]
+                mask = positions = None
+                if visible is not None:
+                    mask = visible[:, None, None]
+                    positions = (visible.cumsum(1) - 1).clamp_min(0)[:, -new.shape[1] :]
+                    visible = F.pad(visible, (0, 1), value=True)
+                logits = self(new, mask=mask, positions=positions, cache=cache)[:, -1]
                 new = _sample(logits, temperature, top_k, top_p, generator)
                 if eos is not None:
                     new = new.masked_fill(ended[:, None], eos)

@@ -57,7 +57,7 @@ def processor(cpuinfo: str | Path = "/proc/cpuinfo") -> str:
         text = Path(cpuinfo).read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    found = re.search(r"^model name\s*:\s*(\S.*?)\s*$", text, re.MULTILINE)
+    found = re.search(r"^model name[ \t]*:[ \t]*(\S.*)$", text, re.MULTILINE)
     model = found[1] if found else platform.processor() or platform.machine() or "unknown"
     return " ".join(model.split())
 

@@ -15,14 +15,15 @@ def code(text: str) -> str:
     return f"`{clean}`"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out a table, its first column to the left and the others to the right.
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Lay out a table.
 
     Args:
         header: Heading of each column.
         rows: Cells of each row.
+        left: Number of columns aligned to the left; the others are to the right.
     """
-    rule = [":--", *["--:"] * (len(header) - 1)]
+    rule = [":--"] * left + ["--:"] * (len(header) - left)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
 
 
@@ -59,11 +60,12 @@ def milliseconds(value: float | None) -> str:
 def _scaled(value: float, base: int, units: Sequence[str]) -> str:
     power = 0
     # Compared as rounded, so that 999 999 is 1M and never 1000k.
-    while float(f"{value:.3g}") >= base and power < len(units) - 1:
+    while float(_three(value)) >= base and power < len(units) - 1:
         value /= base
         power += 1
     return f"{_three(value)} {units[power]}" if base == 1024 else f"{_three(value)}{units[power]}"
 
 
 def _three(value: float) -> str:
-    return f"{float(f'{value:.3g}'):g}"
+    """Write a number with three digits, or all of those before the point."""
+    return f"{value:.0f}" if value >= 999.5 else f"{value:.3g}"

@@ -86,7 +86,7 @@ def _standings(key: Table, rows: list[Row]) -> str:
             _failures(row),
         ]
         lines.append(cells)
-    return table(header, lines)
+    return table(header, lines, left=2)
 
 
 def _ranked(key: Table, rows: list[Row]) -> list[tuple[str, Row]]:
@@ -123,10 +123,8 @@ def _difference(row: Row, softmax: Row | None) -> list[str]:
 
 
 def _failures(row: Row) -> str:
-    counted = Counter((failure.status, failure.lr) for failure in row.failures)
-    return (
-        ", ".join(f"{n} {status} at {lr:g}" for (status, lr), n in sorted(counted.items())) or NONE
-    )
+    counted = sorted(Counter((status, lr) for lr, _, status in row.failures).items())
+    return ", ".join(f"{n} {status} at lr {lr:g}" for (status, lr), n in counted) or NONE
 
 
 def _distinct(texts: Iterable[str]) -> str:
@@ -136,8 +134,9 @@ def _distinct(texts: Iterable[str]) -> str:
 def _notes(rows: list[Row]) -> str:
     """Return what a reader has to know before believing the table, and where it was made."""
     notes = []
-    if stats.baseline(rows) is None:
-        notes.append("**No softmax baseline**: no run of `mha` is in this table.")
+    softmax = stats.baseline(rows)
+    if softmax is None or not softmax.values:
+        notes.append("**No softmax baseline**: this table has no run of `mha` with a figure.")
     if few := [row.attention for row in rows if len(row.values) < SEEDS]:
         notes.append(f"**Fewer than {SEEDS} seeds** with a figure: {_distinct(map(code, few))}.")
     if len({row.lrs for row in rows}) > 1:

@@ -3,8 +3,8 @@
 What is done is what has a record, so a sweep keeps no state: started again, it skips the runs whose
 record says `finished` or `nan`, repeats failed ones and lets half-done ones go on from their
 checkpoint. The output of a run goes to `sweep.log` in its folder. The run holds a lock on that file
-for as long as it lives, even if the sweep is killed, so that no run is ever done by two processes at
-once: a sweep that meets a running one waits for its record. (Locks and process groups are POSIX.)
+for as long as it lives, even if the sweep is killed, so that no run is ever done by two processes
+at once: a sweep that meets a running one waits for its record. (Such locks are POSIX.)
 """
 
 from __future__ import annotations
@@ -14,29 +14,25 @@ import fcntl
 import hashlib
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from zoo.errors import ZooError
 from zoo.runs.grid import cells, parse_grid
+from zoo.runs.processes import POLL, cores, end, last_line, signals
 from zoo.runs.records import RecordWarning, read
 
 __all__ = ["Cell", "SweepResult", "parse_grid", "sweep"]
 
 Identify = Callable[[str, Sequence[str]], str]
 _DONE = ("finished", "nan")
-_POLL = 0.05  # seconds between two looks at the running processes
-_GRACE = 10.0  # seconds for an ended process to put its things in order
 
 
 @dataclass
@@ -130,7 +126,7 @@ def sweep(
             work.result.skipped.append(cell)
         else:
             work.queue.append(cell)
-    with _bar(recipe, len(work.queue), progress) as advance, _signals() as received:
+    with _bar(recipe, len(work.queue), progress) as advance, signals() as received:
         work.run(advance, received)
     return work.result
 
@@ -169,11 +165,12 @@ class _Sweep:
         self.records = records
         self.options = ["--records", str(records), "--runs", str(runs)]
         self.options += ["--quiet", "--resume-if-possible"]
-        threads = max(1, _cores() // jobs)
+        threads = max(1, cores() // jobs)
         self.environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
-            "NO_COLOR": "1",  # the output goes to a file
+            "NO_COLOR": "1",  # the output goes to a file,
+            "PYTHONUNBUFFERED": "1",  # in which the error is to come after what led to it
         }
         self.queue: deque[Cell] = deque()
         self.running: dict[subprocess.Popen[bytes], tuple[Cell, int]] = {}
@@ -193,11 +190,11 @@ class _Sweep:
                 for _ in range(self._settled() - before):
                     advance()
                 if self._settled() == before:
-                    time.sleep(_POLL)
+                    time.sleep(POLL)
         finally:
             self.result.pending += [cell for cell, _ in self.running.values()]
             self.result.pending += self.queue
-            _end(list(self.running), received)
+            end(list(self.running), received)
 
     def is_done(self, cell: Cell) -> bool:
         """Return whether a cell has a readable record that needs no repetition."""
@@ -228,6 +225,7 @@ class _Sweep:
                     self.result.skipped.append(cell)
                     return
                 self._set_aside(cell)
+                start = log.tell()
                 process = subprocess.Popen(
                     [*self.command, *cell.overrides, *self.options],
                     env=self.environment,
@@ -236,7 +234,7 @@ class _Sweep:
                     stderr=subprocess.STDOUT,
                     process_group=0,
                 )
-                self.running[process] = cell, log.tell()
+                self.running[process] = cell, start
         except OSError as error:
             cell.error = f"cannot start: {error}"
             self.result.failed.append(cell)
@@ -259,10 +257,11 @@ class _Sweep:
         cell, start = self.running.pop(process)
         assert cell.log is not None
         if process.returncode < 0:
-            name = signal.Signals(-process.returncode).name
-            cell.error = f"ended by {name}; {_last_line(cell.log, start)}"
+            number = -process.returncode
+            said = last_line(cell.log, start)
+            cell.error = f"ended by signal {number} ({signal.strsignal(number)}); {said}"
         elif process.returncode > 0:
-            cell.error = _last_line(cell.log, start)
+            cell.error = last_line(cell.log, start)
         elif cell.id is not None:
             try:
                 status = self._status(cell)
@@ -271,63 +270,6 @@ class _Sweep:
             except ZooError as error:
                 cell.error = str(error)
         (self.result.finished if cell.error is None else self.result.failed).append(cell)
-
-
-def _cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _last_line(log: Path, start: int) -> str:
-    """Return the last line with a word in it that a run wrote."""
-    with open(log, "rb") as file:
-        file.seek(max(start, file.seek(0, os.SEEK_END) - 65536))
-        text = file.read().decode(errors="replace")
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-    lines = [line.strip(" │|") for line in text.splitlines() if re.search(r"\w", line)]
-    return lines[-1][:300] if lines else "it said nothing"
-
-
-def _end(processes: list[subprocess.Popen[bytes]], received: list[int]) -> None:
-    """End processes and what they started; a second signal ends their time of grace."""
-    for process in processes:
-        _signal(process, signal.SIGTERM)
-    patience, deadline = len(received), time.monotonic() + _GRACE
-    for process in processes:
-        while process.poll() is None:
-            if time.monotonic() > deadline or len(received) > max(patience, 1):
-                _signal(process, signal.SIGKILL)
-                process.wait()
-                break
-            time.sleep(_POLL)
-
-
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    if process.poll() is None:  # only then does the number surely belong to its group
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect the signals that would end the sweep, so that none comes at a bad moment."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # signals never reach another thread
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,112 @@
+"""What holds for every test: one thread, no network, fixed seeds, poisoned uninitialised memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    # Read when a kernel is decorated, so it has to be set before any kernel module is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(1)
+
+# The asserts of the shared helpers should explain themselves like those of the tests.
+pytest.register_assert_rewrite(
+    "tolerances",
+    "contract",
+    "contract_decode",
+    "contract_mask",
+    "contract_numerics",
+    "contract_promises",
+    "contract_state",
+    "contract_subject",
+    "contract_values",
+)
+
+settings.register_profile("zoo", deadline=None, derandomize=True, database=None, max_examples=40)
+settings.load_profile("zoo")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is none: the one place that decides it."""
+    if GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Start every test from the same random state."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (libraries under test may use the global state)
+    torch.manual_seed(0)
+
+
+def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def allocate(*args: Any, **kwargs: Any) -> Tensor:
+        x = make(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return x
+        if x.is_floating_point() or x.is_complex():
+            with torch.no_grad():
+                x.fill_(torch.nan)
+        return x
+
+    return allocate
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill uninitialised floating-point memory with NaN, so that reading it shows."""
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def golden() -> Callable[[str], tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Loader of tests/golden/<name>.safetensors: (tensors, metadata with JSON values read)."""
+    from safetensors import safe_open
+
+    def load(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        with safe_open(str(GOLDEN / f"{name}.safetensors"), framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata: dict[str, Any] = {}
+            for key, value in (file.metadata() or {}).items():
+                try:
+                    metadata[key] = json.loads(value)
+                except json.JSONDecodeError:
+                    metadata[key] = value
+        return tensors, metadata
+
+    return load
+
+
+@pytest.fixture
+def many_strips() -> Iterator[None]:
+    """Make the engine cut even tiny passes into many strips of rows and samples."""
+    from contract_subject import tiny_strips
+
+    with tiny_strips():
+        yield

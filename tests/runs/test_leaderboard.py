@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import math
+import os
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zoo.errors import ZooError
+from zoo.runs import leaderboard
+from zoo.runs.leaderboard import render, verify
+from zoo.runs.records import RecordWarning, write
+
+ROOT = Path(__file__).parents[2]
+PLAIN = {"select": "val/accuracy", "report": "test/accuracy", "mode": "max", "solved": None}
+
+
+def seeds(make, attention, figures, **changes):
+    return [make(attention=attention, seed=s, report=f, **changes) for s, f in enumerate(figures)]
+
+
+def tables(page):
+    """Every table of a page as a list of rows, each a mapping from heading to cell."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+        header, _, *rows = (
+            [cell.strip() for cell in line.strip("|\n").split(" | ")] for line in block.splitlines()
+        )
+        found.append([dict(zip(header, row, strict=True)) for row in rows])
+    return found
+
+
+def standings(records):
+    """The rows of the only table after the summary, by attention."""
+    _, rows = tables(render(records))
+    return {row["attention"].strip("`"): row for row in rows}
+
+
+@pytest.fixture
+def three(make):
+    return [
+        *seeds(make, "mha", [0.99, 1.0, 0.995]),
+        *seeds(make, "linear", [0.80, 0.84, 0.82]),
+        *seeds(make, "cog", [0.99, 0.98, 0.999]),
+    ]
+
+
+def test_a_row_has_every_figure(make):
+    records = [
+        *seeds(make, "mha", [0.99, 1.0, 0.995]),
+        *seeds(make, "linear", [0.80, 0.84, 0.82]),
+        *seeds(make, "linear", [0.5], lr=3e-3, select=0.1),
+    ]
+    row = standings(records)["linear"]
+    assert row == {
+        "rank": "2",
+        "attention": "`linear`",
+        "`test/accuracy` ↑": "0.8200 ± 0.0200 (3)",
+        "solved": "0/3",
+        "vs softmax": "-0.1750 [-0.2123, -0.1377] (3)",
+        "differs": "yes",
+        "lr (tried)": "0.001 (2)",
+        "parameters": "18.2k",
+        "FLOPs": "1.23M",
+        "state": "16 KiB",
+        "step CPU / wall, ms": "12.3 / 24.6",
+        "peak memory": "300 MiB",
+        "conv": "on",
+        "runs": "4",
+        "failures": "—",
+    }
+
+
+def test_the_softmax_row_is_the_baseline(make, three):
+    rows = standings(three)
+    assert rows["mha"]["vs softmax"] == "baseline"
+    assert rows["mha"]["solved"] == "3/3"
+    assert rows["cog"]["differs"] == "no"
+    assert rows["linear"]["differs"] == "yes"
+    assert "No softmax baseline" not in render(three)
+
+
+def test_a_table_without_softmax_says_so(make):
+    for records in (
+        seeds(make, "linear", [0.5]),
+        [*seeds(make, "linear", [0.5]), make(status="failed")],
+    ):
+        assert "- **No softmax baseline**" in render(records)
+
+
+@given(
+    order=st.randoms(),
+    runs=st.lists(
+        st.tuples(
+            st.sampled_from(["mha", "linear", "sliding_window(window=16)"]),
+            st.sampled_from(["g0", "g1"]),
+            st.integers(0, 2),
+            st.sampled_from([1e-3, 3e-3]),
+            st.sampled_from(["finished", "nan", "failed"]),
+            st.floats(),
+            st.sampled_from(["2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"]),
+        ),
+        max_size=16,
+    ),
+)
+@settings(max_examples=50, deadline=None)
+def test_the_order_of_the_records_changes_no_byte(make, order, runs):
+    records = [
+        make(
+            attention=attention,
+            group=group,
+            seed=seed,
+            lr=lr,
+            status=status,
+            report=figure,
+            created=created,
+            id=f"r{i}",
+            config={"model": {"dim": group}, "seed": seed},
+        )
+        for i, (attention, group, seed, lr, status, figure, created) in enumerate(runs)
+    ]
+    page = render(records)
+    order.shuffle(records)
+    assert render(records) == page
+    assert render(records + records) == page
+
+
+def test_the_page_changes_with_a_figure(three):
+    metrics = {**three[0].metrics, "test/accuracy": 0.5}
+    assert render([replace(three[0], metrics=metrics), *three[1:]]) != render(three)
+
+
+def test_no_records_give_a_page_that_says_so():
+    page = render([])
+    assert "There are no records yet." in page
+    assert tables(page) == []
+    assert f"`{leaderboard.COMMAND}`" in page
+
+
+def test_the_protocol_and_the_command_stand_at_the_top(three):
+    top = render(three).split("## Summary")[0]
+    assert "**Protocol.**" in top
+    assert f"`{leaderboard.COMMAND}`" in top
+
+
+def test_equal_rounded_means_share_a_rank(make):
+    rows = standings(
+        [
+            *seeds(make, "mha", [0.9]),
+            *seeds(make, "linear", [0.90001]),
+            *seeds(make, "cog", [0.5]),
+            *seeds(make, "moba", [0.95]),
+        ]
+    )
+    assert {name: row["rank"] for name, row in rows.items()} == {
+        "moba": "1",
+        "linear": "2",
+        "mha": "2",
+        "cog": "4",
+    }
+
+
+def test_a_loss_ranks_the_lower_first(make):
+    metric = {"select": "val/loss", "report": "test/loss", "mode": "min", "solved": 0.3}
+    records = [
+        make(attention=a, metric=metric, metrics={"val/loss": v, "test/loss": v})
+        for a, v in (("mha", 0.5), ("linear", 0.25))
+    ]
+    rows = standings(records)
+    assert list(rows) == ["linear", "mha"]
+    assert rows["linear"]["solved"] == "1/1"
+    assert "`test/loss` ↓" in rows["mha"]
+    assert "lower is better" in render(records)
+    assert "solved at ≤ 0.3" in render(records)
+
+
+def test_failures_are_shown_everywhere(make):
+    records = [
+        *seeds(make, "mha", [0.9, 0.9, 0.9]),
+        *seeds(make, "linear", [1.0, 1.0]),
+        make(attention="linear", seed=2, status="nan"),
+        make(attention="linear", seed=0, lr=0.01, status="failed"),
+        *[make(attention="cog", seed=s, status="failed") for s in range(3)],
+    ]
+    summary, rows = tables(render(records))
+    linear, mha, cog = rows
+    assert linear["`test/accuracy` ↑"] == "1.0000 ± 0.0000 (2 of 3)"
+    assert linear["solved"] == "2/3"
+    assert linear["failures"] == "1 failed at lr 0.01, 1 nan at lr 0.001"
+    assert mha["failures"] == "—"
+    assert cog["rank"] == "—"
+    assert cog["`test/accuracy` ↑"] == "no figure (0 of 3)"
+    assert cog["solved"] == "0/3"
+    assert cog["vs softmax"] == "no shared seed"
+    assert cog["failures"] == "3 failed at lr 0.001"
+    assert [row["`mqar` ↑"] for row in summary] == [
+        "0.9000 ± 0.0000 (3)",
+        "no figure (0 of 3)",
+        "1.0000 ± 0.0000 (2 of 3)",
+    ]
+
+
+def test_one_seed_has_no_deviation_and_no_interval(make):
+    rows = standings([*seeds(make, "mha", [0.5]), *seeds(make, "linear", [0.25])])
+    assert rows["linear"]["`test/accuracy` ↑"] == "0.2500 (1)"
+    assert rows["linear"]["vs softmax"] == "-0.2500 (1)"
+    assert rows["linear"]["differs"] == "one seed"
+
+
+def test_few_seeds_and_unequal_tuning_are_pointed_out(make, three):
+    assert "Fewer than" not in render(three)
+    assert "Unequal tuning" not in render(three)
+    page = render([*three, *seeds(make, "moba", [0.5], lr=0.01)])
+    assert "- **Fewer than 3 seeds** with a figure: `moba`." in page
+    assert "**Unequal tuning**" in page
+    assert "([0.001], [0.01])" in page
+
+
+def test_further_test_metrics_are_columns(make):
+    def metrics(value):
+        return {"val/accuracy": 0.5, "test/accuracy": 0.5, "test_sparse/accuracy": value}
+
+    records = [
+        *[make(seed=s, metrics=metrics(v)) for s, v in enumerate([0.25, 0.75, math.inf])],
+        *seeds(make, "linear", [0.5]),
+    ]
+    rows = standings(records)
+    assert rows["mha"]["`test_sparse/accuracy`"] == "0.5000 ± 0.3536 (2 of 3)"
+    assert rows["linear"]["`test_sparse/accuracy`"] == "no figure (0 of 1)"
+
+
+def test_without_a_threshold_there_is_no_solve_rate(make):
+    assert "solved" not in standings([make(metric=PLAIN)])["mha"]
+
+
+def test_what_is_unknown_is_a_dash(make):
+    record = make(parameters=None, flops=None, state_bytes=None, step_time_cpu=None, conv=False)
+    row = standings([record])["mha"]
+    assert (row["parameters"], row["FLOPs"], row["state"]) == ("—", "—", "—")
+    assert row["step CPU / wall, ms"] == "— / 24.6"
+    assert row["conv"] == "off"
+
+
+def test_groups_of_one_recipe_are_told_apart(make):
+    wide = {"model": {"dim": 128, "depth": 2}, "seed": 5}
+    page = render(
+        [make(), make(attention="linear"), make(group="g1", config=wide), make(recipe="copy")]
+    )
+    summary, *rest = tables(page)
+    assert list(summary[0]) == ["attention", "`copy` ↑", "`mqar` `g0` ↑", "`mqar` `g1` ↑"]
+    assert [len(rows) for rows in rest] == [1, 2, 1]
+    assert page.count("Unlike other groups of this recipe: `model.dim=64`.") == 1
+    assert page.count("Unlike other groups of this recipe: `model.dim=128`.") == 1
+
+
+def test_the_summary_has_every_mechanism_and_recipe(make, three):
+    summary, *_ = tables(render([*three, make(recipe="copy", track="copy", attention="moba")]))
+    assert [row["attention"] for row in summary] == ["`mha`", "`cog`", "`linear`", "`moba`"]
+    assert summary[0] == {
+        "attention": "`mha`",
+        "`copy` ↑": "—",
+        "`mqar` ↑": "0.9950 ± 0.0050 (3)",
+    }
+
+
+def test_where_it_was_made_stands_under_the_table(make):
+    page = render(
+        [
+            make(),
+            make(
+                attention="linear",
+                device={"type": "cuda", "name": "Some GPU", "threads": 4},
+                versions={"python": "3.12.1"},
+                data={"name": "mqar", "fingerprint": None},
+                commit="fedcba9876543210-dirty",
+                conv=False,
+            ),
+            make(attention="linear", commit=None, id="older", created="2025-01-01T00:00:00Z"),
+        ]
+    )
+    assert "- Devices: `Some CPU` (cpu, threads 1); `Some GPU` (cuda, threads 4)." in page
+    assert "- Versions: python 3.11.0, 3.12.1; torch 2.11.0, unknown." in page
+    assert "- Commits: `0123456789ab`, `fedcba987654-dirty`." in page
+    assert "- Data: `mqar ffffffffffff`, `mqar unknown`." in page
+    assert "**Several devices**" in page
+    assert "**Several data**" in page
+    assert "1 older runs" in page
+
+
+def test_a_strange_name_cannot_break_the_table(make):
+    rows = standings([make(attention="odd(a='x|y`z')")])
+    assert [row["rank"] for row in rows.values()] == ["1"]
+
+
+def test_write_counts_the_records_of_all_folders(make, three, tmp_path):
+    for record in three:
+        write(record, tmp_path / "records" / record.attention)
+    (tmp_path / "records" / "half.json").write_text("{")
+    page = tmp_path / "docs" / "leaderboard.md"
+    with pytest.warns(RecordWarning, match=r"half\.json"):
+        assert leaderboard.write(tmp_path / "records", page) == (page, 9)
+    assert page.read_bytes() == render(three).encode()
+    assert os.listdir(page.parent) == ["leaderboard.md"]
+
+
+def test_write_refuses_a_folder_that_is_not_there(tmp_path):
+    page = tmp_path / "leaderboard.md"
+    page.write_text("old")
+    with pytest.raises(ZooError, match="gone does not exist"):
+        leaderboard.write(tmp_path / "gone", page)
+    assert page.read_text() == "old"
+
+
+def test_verify_names_the_first_line_that_differs(three, tmp_path):
+    random.Random(0).shuffle(three)
+    for record in three:
+        write(record, tmp_path / "records")
+    page, _ = leaderboard.write(tmp_path / "records", tmp_path / "page.md")
+    assert verify(page, tmp_path / "records") == ""
+    text = page.read_text()
+    line = text[: text.index("0.8200")].count("\n") + 1
+    page.write_text(text.replace("0.8200", "0.8300"))
+    assert f"from line {line} on" in verify(page, tmp_path / "records")
+    page.write_text(text + "more\n")
+    assert "run `zoo leaderboard`" in verify(page, tmp_path / "records")
+    page.write_bytes(text.replace("\n", "\r\n").encode())
+    assert "from line 1 on" in verify(page, tmp_path / "records")
+    page.unlink()
+    with pytest.raises(ZooError, match=r"page\.md"):
+        verify(page, tmp_path / "records")
+
+
+def test_the_published_page_is_what_the_published_records_give():
+    page = ROOT / "leaderboard.md"
+    if not page.exists():
+        pytest.skip("leaderboard.md has not been published yet")
+    assert verify(page, ROOT / "data" / "runs") == ""

@@ -1,0 +1,63 @@
+"""Every registered mechanism is held to every promise that it makes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from contract import CONTRACTS, JOINT, owed
+from contract_subject import Build, variants
+
+import zoo
+from zoo.registry import SOCKETS
+
+SPECS = [spec for name in zoo.list() for spec in variants(zoo.info(name))]
+CASES = [(spec, name) for spec in SPECS for name in owed(Build(spec))]
+
+
+def _compositions(each: int = 2) -> list[str]:
+    """Hosts with several sockets filled at random, every part in at least `each` of them."""
+    by_kind = {kind: [s for s in SPECS if Build(s).entry.kind == kind] for kind in SOCKETS}
+    found: set[str] = set()
+    for kind, specs in by_kind.items():
+        for spec in specs:
+            chance = random.Random(spec)
+            made = 0
+            for _ in range(20):
+                others = [chance.choice(s) for k, s in by_kind.items() if s and k != kind]
+                kept = [s for s in others if chance.random() < 0.6]
+                name = _possible("+".join([spec, *kept])) if kept else None
+                if name is not None and "+" in name:
+                    found.add(name)
+                    made += 1
+                if made == each:
+                    break
+    return sorted(found)
+
+
+def _possible(spec: str) -> str | None:
+    try:
+        Build(spec)()
+    except zoo.CompatibilityError:
+        return None
+    return zoo.canonical(spec)
+
+
+@pytest.mark.parametrize(("spec", "contract"), CASES, ids=[f"{s}-{c}" for s, c in CASES])
+def test_contract(spec: str, contract: str) -> None:
+    CONTRACTS[contract].check(Build(spec))
+
+
+TOGETHER = [(spec, c) for spec in _compositions() for c in owed(Build(spec)) if c in JOINT]
+
+
+@pytest.mark.parametrize(("spec", "contract"), TOGETHER, ids=[f"{s}-{c}" for s, c in TOGETHER])
+def test_composition(spec: str, contract: str) -> None:
+    CONTRACTS[contract].check(Build(spec))
+
+
+def test_every_mechanism_is_held_to_something() -> None:
+    assert {zoo.canonical(spec) for spec, _ in CASES if ":" not in spec} >= {
+        zoo.canonical(name) for name in zoo.list()
+    }
+    assert {contract for _, contract in CASES} == set(CONTRACTS), "a contract that nobody owes"

@@ -1,0 +1,13 @@
+"""Speed, memory and FLOPs of mechanisms side by side, in one process.
+
+`measure` takes a `Setting` and returns a `Report`, `zoo.bench.report` prints and saves it. Every
+contender is timed in turn, round after round, so that a slow neighbour on the machine slows all of
+them alike, and is compared with the baseline of the same round.
+"""
+
+from __future__ import annotations
+
+from zoo.bench.contenders import HANDWRITTEN, Handwritten
+from zoo.bench.measure import Report, Row, Setting, measure
+
+__all__ = ["HANDWRITTEN", "Handwritten", "Report", "Row", "Setting", "measure"]

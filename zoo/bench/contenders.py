@@ -1,0 +1,110 @@
+"""What is measured: any token mixer of the zoo, and attention written by hand without a host."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.attention import Attention
+from zoo.errors import ZooError, unknown
+from zoo.factory import create
+from zoo.registry import SOCKETS, list_names
+from zoo.spec import canonical, parse
+
+HANDWRITTEN = "handwritten"
+
+
+class Handwritten(nn.Module):
+    """Softmax attention in four lines, the yardstick of what the host costs on top.
+
+    Args:
+        dim: Channels C.
+        heads: Heads H, a divisor of `dim`.
+        causal: Query i sees keys 0..i only.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        causal: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        heads = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)  # (B, H, 3, N, D)
+        q, k, v = heads.unbind(2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+def resolve(name: str) -> str:
+    """Canonical spelling of a contender.
+
+    Raises:
+        ZooError: Unknown, or not something that turns (B, N, C) into (B, N, C).
+    """
+    if name == HANDWRITTEN:
+        return name
+    parts = parse_or_suggest(name)
+    for part in parts:
+        if part.entry.kind not in (*SOCKETS, "mixer"):
+            raise ZooError(
+                f"{part.name!r} is a {part.entry.kind}; bench takes token mixers (sockets and "
+                f"mixers) and {HANDWRITTEN!r}"
+            )
+    return canonical(name) if parts[0].entry.kind in SOCKETS else str(parts[0])
+
+
+def parse_or_suggest(name: str) -> list[Any]:
+    """Read a specification; an unknown single word is also compared with `handwritten`."""
+    try:
+        return parse(name)
+    except ZooError:
+        if name.isidentifier() and name not in list_names(name):
+            raise unknown("mechanism", name, [*list_names(), HANDWRITTEN]) from None
+        raise
+
+
+def build(name: str, facts: dict[str, Any]) -> nn.Module:
+    """Make a contender.
+
+    Args:
+        name: What `resolve` returned.
+        facts: Host facts: dim, heads, causal, max_len, device, dtype.
+
+    Raises:
+        ZooError: It cannot be built with these facts.
+    """
+    if name == HANDWRITTEN:
+        if facts["dim"] % facts["heads"]:
+            raise ZooError(f"dim={facts['dim']} is not divisible by heads={facts['heads']}")
+        cls: Any = Handwritten
+        return cls(**{k: v for k, v in facts.items() if k in inspect.signature(cls).parameters})
+    entry = parse(name)[0].entry
+    wanted = facts
+    if entry.kind == "mixer":
+        if facts["causal"] and not entry.traits.causal:
+            raise ZooError(f"{entry.name!r} cannot be causal")
+        if not facts["causal"] and not entry.traits.bidirectional:
+            raise ZooError(f"{entry.name!r} is defined for causal mixing only")
+        known = inspect.signature(entry.cls).parameters
+        wanted = {key: value for key, value in facts.items() if key in known}
+    return create(name, **wanted)
+
+
+def route(module: nn.Module, x: Tensor) -> str:
+    """Route that a host takes for this input; a dash for modules without routes."""
+    return module.explain(x).route if isinstance(module, Attention) else "-"

@@ -1,0 +1,298 @@
+"""The measurement: contenders by lengths by passes, interleaved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import isfinite, log
+from statistics import linear_regression
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.bench import contenders, memory
+from zoo.bench.timing import Samples, speed, spread, take_round
+from zoo.errors import ZooError, unknown
+
+PASSES = ("forward", "forward+backward")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Part of the time that a turn takes: many short turns, so that disturbances meet everybody.
+SLICE = 1 / 40
+# Lengths, counted from the longest, over which the growth of time is fitted.
+GROWTH_LENGTHS = 3
+
+
+@dataclass(kw_only=True)
+class Setting:
+    """What to measure and how.
+
+    Args:
+        specs: Specifications, `handwritten` among them if wanted; the baseline is added.
+        lengths: Tokens N.
+        dim: Channels C.
+        heads: Heads H.
+        batch: Samples B.
+        causal: Query i sees keys 0..i only.
+        threads: Threads of torch on the CPU.
+        backward: Measure forward+backward as well.
+        baseline: What the others are compared with.
+        rounds: How often every contender has its turn, at least.
+        seconds: Rounds go on until one contender has been timed for so long, for each length and
+            pass.
+        device: "cpu" or "cuda".
+        dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+        ZooError: A value is out of range, a name is unknown or given twice.
+    """
+
+    specs: list[str]
+    lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096])
+    dim: int = 512
+    heads: int = 8
+    batch: int = 1
+    causal: bool = True
+    threads: int = 1
+    backward: bool = True
+    baseline: str = "mha"
+    rounds: int = 5
+    seconds: float = 1.0
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "heads", "batch", "threads", "rounds"):
+            if getattr(self, name) < 1:
+                raise ZooError(f"{name}={getattr(self, name)!r} must be at least 1")
+        if not self.lengths or min(self.lengths) < 1:
+            raise ZooError(f"lengths={self.lengths!r} must be whole numbers of at least 1")
+        if not (self.seconds > 0 and isfinite(self.seconds)):
+            raise ZooError(f"seconds={self.seconds!r} must be positive")
+        if self.device not in memory.METHODS:
+            raise unknown("device", self.device, memory.METHODS)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ZooError("device 'cuda' was asked for, but torch finds none; allowed here: cpu")
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        self.lengths = sorted(set(self.lengths))
+        self.baseline = contenders.resolve(self.baseline)
+        names = [contenders.resolve(spec) for spec in self.specs]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise ZooError(f"{self.specs[i]!r} is given twice (both are {name!r})")
+        # The baseline leads, wherever it was named.
+        self.specs = [self.baseline, *(name for name in names if name != self.baseline)]
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Passes to measure."""
+        return PASSES if self.backward else PASSES[:1]
+
+
+@dataclass
+class Row:
+    """What was found for one contender at one length in one pass.
+
+    Args:
+        spec: The contender.
+        length: Tokens N.
+        kind: "forward" or "forward+backward".
+        route: Route that the host took.
+        wall: Median elapsed time, in seconds, of one call.
+        wall_iqr: Its interquartile range.
+        cpu: Median processor time in seconds, None on a GPU.
+        cpu_iqr: Its interquartile range.
+        speed_wall: Times as fast as the baseline, by elapsed time.
+        speed_cpu: Times as fast as the baseline, by processor time.
+        memory: Bytes held at the peak of a call beyond those before it.
+        flops: Floating point operations of one call.
+        blocks: Blocks of calls timed.
+        error: Why there are no figures, in one line, or None.
+    """
+
+    spec: str
+    length: int
+    kind: str
+    route: str = "-"
+    wall: float | None = None
+    wall_iqr: float | None = None
+    cpu: float | None = None
+    cpu_iqr: float | None = None
+    speed_wall: float | None = None
+    speed_cpu: float | None = None
+    memory: int | None = None
+    flops: int | None = None
+    blocks: int = 0
+    error: str | None = None
+
+    @property
+    def time(self) -> float | None:
+        """Processor time, which a busy machine disturbs less, or elapsed time on a GPU."""
+        return self.wall if self.cpu is None else self.cpu
+
+
+@dataclass
+class Report:
+    """All rows of a measurement.
+
+    Args:
+        setting: What was asked for.
+        rows: One for each contender, length and pass.
+    """
+
+    setting: Setting
+    rows: list[Row]
+
+    def of(self, spec: str, kind: str) -> list[Row]:
+        """Rows of a contender in one pass, by length."""
+        return [row for row in self.rows if row.spec == spec and row.kind == kind]
+
+    def growth(self, spec: str, kind: str) -> float | None:
+        """Exponent p of time ~ N^p over the longest lengths, None with fewer than two figures."""
+        points = [
+            (row.length, row.time) for row in self.of(spec, kind)[-GROWTH_LENGTHS:] if row.time
+        ]
+        if len(points) < 2:
+            return None
+        lengths, times = zip(*points, strict=True)
+        return linear_regression(list(map(log, lengths)), list(map(log, times))).slope
+
+    @property
+    def failed(self) -> list[str]:
+        """Contenders without a single figure."""
+        specs = self.setting.specs
+        return [s for s in specs if all(row.error for row in self.rows if row.spec == s)]
+
+
+@dataclass
+class _Contender:
+    row: Row
+    call: Callable[[], object]
+    samples: Samples = field(default_factory=Samples)
+
+
+def measure(setting: Setting, told: Callable[[str], None] | None = None) -> Report:
+    """Measure every contender; one that fails is noted and does not stop the others.
+
+    Args:
+        setting: What and how.
+        told: Is given a line whenever another length or pass begins.
+    """
+    rows: list[Row] = []
+    with _threads(setting.threads):
+        for length in setting.lengths:
+            for kind in setting.passes:
+                if told is not None:
+                    told(f"N = {length}, {kind}")
+                rows += _stage(setting, length, kind)
+    return Report(setting, rows)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _stage(setting: Setting, length: int, kind: str) -> list[Row]:
+    """Measure all contenders at one length in one pass."""
+    every = [Row(spec, length, kind) for spec in setting.specs]
+    ready = []
+    for row in every:
+        with _noted(row):
+            call = _prepare(setting, row)
+            # Counting and following memory cost time, so they are done away from the clock.
+            row.memory = memory.peak(call, setting.device)
+            with FlopCounterMode(display=False) as counter:
+                call()
+            row.flops = counter.get_total_flops()
+            ready.append(_Contender(row, call))
+    turn = 0
+    while ready and (
+        turn < setting.rounds or max(item.samples.spent for item in ready) < setting.seconds
+    ):
+        # Back and forth, so that nobody always runs after the same neighbour.
+        for item in ready if turn % 2 == 0 else reversed(ready):
+            with _noted(item.row):
+                take_round(item.call, item.samples, setting.seconds * SLICE, setting.device)
+        ready = [item for item in ready if item.row.error is None]
+        turn += 1
+    base = next((item for item in ready if item.row.spec == setting.baseline), None)
+    for item in ready:
+        _summarise(item, base)
+    return every
+
+
+def _summarise(item: _Contender, base: _Contender | None) -> None:
+    row, found = item.row, item.samples
+    row.wall, row.wall_iqr = spread(found.wall)
+    row.blocks = len(found.wall)
+    if found.cpu:
+        row.cpu, row.cpu_iqr = spread(found.cpu)
+    if base is not None:
+        row.speed_wall = speed(base.samples.wall_rounds, found.wall_rounds)
+        row.speed_cpu = speed(base.samples.cpu_rounds, found.cpu_rounds)
+
+
+@contextmanager
+def _noted(row: Row) -> Iterator[None]:
+    """Write a failure into the row instead of raising it."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split()) or "no reason given"
+        text = text if len(text) <= 200 else text[:197] + "..."
+        row.error = text if isinstance(error, ZooError) else f"{type(error).__name__}: {text}"
+
+
+def _prepare(setting: Setting, row: Row) -> Callable[[], object]:
+    """Build a contender and its input, and return the call to measure after running it once."""
+    dtype = DTYPES[setting.dtype]
+    facts: dict[str, Any] = {
+        "dim": setting.dim,
+        "heads": setting.heads,
+        "causal": setting.causal,
+        "max_len": max(setting.lengths),
+        "device": setting.device,
+        "dtype": dtype,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = contenders.build(row.spec, facts)
+    generator = torch.Generator().manual_seed(0)
+    shape = (setting.batch, row.length, setting.dim)
+    x = torch.randn(shape, generator=generator).to(setting.device, dtype)
+    call = _forward(module, x) if row.kind == PASSES[0] else _both(module, x)
+    with torch.set_grad_enabled(row.kind != PASSES[0]):
+        row.route = contenders.route(module, x)
+    call()
+    return call
+
+
+def _forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    module.eval()
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return module(x)
+
+    return call
+
+
+def _both(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    x.requires_grad_()
+    gradient = torch.ones_like(x)
+
+    def call() -> None:
+        module(x).backward(gradient)
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+
+    return call

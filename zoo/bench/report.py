@@ -1,0 +1,139 @@
+"""What becomes of a measurement: tables for the terminal, a JSON file and a plot."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from zoo.bench.measure import Report, Row
+from zoo.bench.memory import METHODS
+from zoo.runs import environment
+from zoo.runs.records import replace_text
+
+SCHEMA = 1
+
+
+def slug(report: Report) -> str:
+    """Name of the folder of a measurement, safe on every file system."""
+    setting = report.setting
+    names = "-".join(setting.specs)
+    words = f"{names[:80]}-d{setting.dim}h{setting.heads}b{setting.batch}-{setting.device}"
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", words + ("-causal" if setting.causal else ""))
+
+
+def header(report: Report) -> str:
+    """How the figures came about, in a few lines."""
+    s = report.setting
+    where = environment.device(s.device)
+    clock = "processor time" if s.device == "cpu" else "elapsed time"
+    return "\n".join(
+        [
+            f"B={s.batch} C={s.dim} H={s.heads} {'causal' if s.causal else 'bidirectional'} "
+            f"{s.dtype}, {where['name']} ({s.device}, threads={s.threads})",
+            f"time: median (interquartile range) over interleaved rounds; speed: times as fast as "
+            f"{s.baseline!r} in the same rounds",
+            f"growth: exponent p of {clock} ~ N^p over the last three lengths",
+            f"memory: {METHODS[s.device]}, results included, parameters and input not",
+            "FLOPs: torch.utils.flop_counter, counted in calls that are not timed",
+        ]
+    )
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the header and one table for each pass."""
+    console.print(Text(header(report)))
+    for kind in report.setting.passes:
+        console.print()
+        console.print(_table(report, kind))
+
+
+def _table(report: Report, kind: str) -> Table:
+    on_cpu = report.setting.device == "cpu"
+    table = Table(title=kind, title_justify="left", title_style="bold")
+    table.add_column("N", justify="right")
+    table.add_column("contender")
+    table.add_column("route", max_width=40)
+    figures = ["elapsed ms", "speed"]
+    figures += ["CPU ms", "CPU speed"] if on_cpu else []
+    figures += ["memory MiB", "GFLOP", "growth"]
+    for name in figures:
+        table.add_column(name, justify="right")
+    lengths = report.setting.lengths
+    for length in lengths:
+        for spec in report.setting.specs:
+            row = next(r for r in report.of(spec, kind) if r.length == length)
+            last = length == lengths[-1]
+            cells = [str(length), Text(spec), *_cells(report, row, on_cpu, last)]
+            table.add_row(*cells)
+        table.add_section()
+    return table
+
+
+def _cells(report: Report, row: Row, on_cpu: bool, last: bool) -> list[Text | str]:
+    if row.error is not None:
+        return [Text(f"failed: {row.error}", style="red")]
+    cells = [row.route, _time(row.wall, row.wall_iqr), _figure(row.speed_wall, ".2f", "x")]
+    if on_cpu:
+        cells += [_time(row.cpu, row.cpu_iqr), _figure(row.speed_cpu, ".2f", "x")]
+    cells.append(_figure(None if row.memory is None else row.memory / 2**20, ".2f"))
+    cells.append(_figure(None if row.flops is None else row.flops / 1e9, ".3g"))
+    cells.append(_figure(report.growth(row.spec, row.kind), ".2f") if last else "")
+    return list(cells)
+
+
+def _figure(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _time(median: float | None, iqr: float | None) -> str:
+    if median is None or iqr is None:
+        return "-"
+    return f"{1e3 * median:.3g} ({1e3 * iqr:.2g})"
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Everything about a measurement as plain data, times in seconds and memory in bytes."""
+    setting = report.setting
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "setting": asdict(setting),
+        "memory_method": METHODS[setting.device],
+        "device": {**environment.device(setting.device), "threads": setting.threads},
+        "versions": environment.versions(),
+        "commit": environment.commit(),
+        "rows": [asdict(row) for row in report.rows],
+        "growth": {
+            spec: {kind: report.growth(spec, kind) for kind in setting.passes}
+            for spec in setting.specs
+        },
+    }
+
+
+def save(report: Report, folder: str | Path) -> list[Path]:
+    """Write ``bench.json``, ``bench.png`` and ``bench.svg`` into a folder, which is created.
+
+    Returns:
+        The files.
+
+    Raises:
+        ZooError: The folder or a file cannot be written.
+    """
+    from zoo.bench.plot import draw
+    from zoo.show import save_figure
+
+    folder = Path(folder)
+    text = json.dumps(as_json(report), indent=1, sort_keys=True, allow_nan=False) + "\n"
+    paths = [replace_text(folder / "bench.json", text)]
+    figure = draw(report)
+    for suffix in ("png", "svg"):
+        paths.append(save_figure(figure, folder / f"bench.{suffix}"))
+    return paths

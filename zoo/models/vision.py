@@ -1,0 +1,251 @@
+"""Vision models on timm: a ViT over any token mixer, a ResNet over any feature-map mechanism.
+
+The sizes are for small images and short runs. Timm's models are used as they are, so everything
+that timm offers for them (feature extraction, parameter groups) works here too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models.resnet import ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from zoo.errors import ZooError, unknown
+from zoo.parts import Position, build
+from zoo.spec import PartSpec, layout, parse, without
+from zoo.timm import feature, init_special, swap
+
+_POOLS = ("avg", "avgmax", "max", "token")
+_STEMS = ("small", "large")
+
+
+def vit(
+    attention: str | Mapping[str, Any] = "mha",
+    *,
+    image_shape: Sequence[int],
+    num_classes: int,
+    patch: int = 4,
+    dim: int = 64,
+    depth: int = 4,
+    heads: int = 4,
+    mlp_ratio: float = 4.0,
+    layers: Mapping[str, Any] | None = None,
+    pos: str = "learned",
+    pool: str = "avg",
+    class_token: bool = False,
+    registers: int = 0,
+    bias: bool = True,
+    qk_norm: bool = False,
+    causal: bool = False,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    drop_path: float = 0.0,
+) -> VisionTransformer:
+    """Build a Vision Transformer (Dosovitskiy et al. 2020): images (B, C, H, W) to logits.
+
+    Args:
+        attention: Specification of the layers, or a mapping as in `zoo.spec.layout`. Parts on a
+            grid are told the grid of patches; a part that embeds positions (sinusoidal) is added
+            once, below the first layer, and needs ``pos="none"``.
+        image_shape: Channels, height and width.
+        num_classes: Logits.
+        patch: Side of a patch in pixels; must divide height and width.
+        dim: Channels of a token.
+        depth: Layers.
+        heads: Heads of each layer; must divide `dim`.
+        mlp_ratio: Width of the MLP over `dim`.
+        layers: Layout of layers: first, last, every, other.
+        pos: "learned" adds a table to the embeddings, "none" leaves positions to the spec.
+        pool: What the classifier sees: avg, avgmax or max over patches, or token.
+        class_token: Put a class token in front.
+        registers: Further tokens in front.
+        bias: Biases in attention and MLP.
+        qk_norm: LayerNorm over each head of q and k.
+        causal: Patch i sees patches 0..i in reading order, for mechanisms that are causal only.
+        dropout: On embeddings and residual branches.
+        attention_dropout: On attention weights.
+        drop_path: Rate of stochastic depth in the last layer.
+
+    Raises:
+        ZooError: A size does not fit, or a name or option is unknown.
+        CompatibilityError: Parts that cannot work together.
+    """
+    channels, height, width = _image_shape(image_shape)
+    sizes = {"num_classes": num_classes, "patch": patch, "dim": dim, "depth": depth}
+    for name, size in {**sizes, "heads": heads}.items():
+        _whole(name, size, 1)
+    _whole("registers", registers, 0)
+    if height % patch or width % patch:
+        raise ZooError(f"patch={patch} must divide height {height} and width {width} of the image")
+    if dim % heads:
+        raise ZooError(f"heads={heads} must divide dim={dim}")
+    if not mlp_ratio > 0:
+        raise ZooError(f"mlp_ratio={mlp_ratio!r} must be above 0")
+    rates = {"dropout": dropout, "attention_dropout": attention_dropout, "drop_path": drop_path}
+    for name, rate in rates.items():
+        _rate(name, rate)
+    if pos not in ("learned", "none"):
+        raise unknown("pos", pos, ("learned", "none"))
+    if pool not in _POOLS:
+        raise unknown("pool", pool, _POOLS)
+    if pool == "token" and not class_token:
+        raise ZooError("pool='token' needs class_token=True")
+    specs, embedding = _take_embedding(layout(attention, depth, layers))
+    if embedding is not None and pos == "learned":
+        raise ZooError(
+            f"pos='learned' and {embedding.name!r} both add positions to the embeddings; "
+            "pass pos='none' to keep the latter"
+        )
+    model = VisionTransformer(
+        img_size=(height, width),
+        patch_size=patch,
+        in_chans=channels,
+        num_classes=num_classes,
+        global_pool=pool,  # type: ignore[arg-type]
+        embed_dim=dim,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=mlp_ratio,
+        qkv_bias=bias,
+        proj_bias=bias,
+        qk_norm=qk_norm,
+        class_token=class_token,
+        reg_tokens=registers,
+        pos_embed="learn" if pos == "learned" else "none",
+        pos_drop_rate=dropout,
+        proj_drop_rate=dropout,
+        attn_drop_rate=attention_dropout,
+        drop_path_rate=drop_path,
+    )
+    swap(model, specs, copy=False, causal=causal)
+    if embedding is not None:
+        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+        model.norm_pre = EmbedPositions(embedding, dim, tokens)
+    return model
+
+
+class EmbedPositions(nn.Module):
+    """Adds the positions of a part to the tokens, once, in front of the first block.
+
+    Args:
+        part: The part that embeds.
+        dim: Channels.
+        tokens: Tokens N, prefix included.
+    """
+
+    def __init__(self, part: PartSpec, dim: int, tokens: int) -> None:
+        super().__init__()
+        facts = {"dim": dim, "max_len": tokens, "causal": False}
+        self.part: Position = build(part.entry.cls, facts, part.options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        return self.part.embed(x, torch.arange(x.shape[1], device=x.device))
+
+
+def _take_embedding(specs: list[str]) -> tuple[list[str], PartSpec | None]:
+    """Take the position that embeds out of the layers, which have to agree on it."""
+    rest: list[str] = []
+    found: dict[str, PartSpec] = {}
+    for spec in specs:
+        embeds = [
+            part
+            for part in parse(spec)
+            if issubclass(part.entry.cls, Position) and part.entry.cls.embeds
+        ]
+        found.update((str(part), part) for part in embeds)
+        rest.append(without(spec, "position")[0] if embeds else spec)
+    if len(found) > 1:
+        names = " and ".join(repr(name) for name in found)
+        raise ZooError(f"layers disagree on the positions of the embedding: {names}")
+    return rest, next(iter(found.values()), None)
+
+
+def resnet(
+    attention: str | type[nn.Module] | None = None,
+    *,
+    image_shape: Sequence[int],
+    num_classes: int,
+    name: str = "resnet18",
+    width: int = 64,
+    stem: str = "small",
+    zero_init_last: bool = True,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+) -> ResNet:
+    """Build a ResNet (He et al. 2015) with attention at the end of each residual branch.
+
+    Args:
+        attention: A mechanism of kind "feature", one of timm's own (se, eca, cbam, ...; see
+            `zoo.timm.TIMM_FEATURES`), a class, or None for the plain network.
+        image_shape: Channels, height and width.
+        num_classes: Logits.
+        name: Plain ResNet of timm, e.g. resnet10t, resnet14t, resnet18, resnet50.
+        width: Channels of the stem and the first stage; each later stage has twice as many. For
+            8 x 8 digits 16 are plenty. Even.
+        stem: "small" is a 3 x 3 convolution that keeps the size (images up to about 64 pixels),
+            "large" a 7 x 7 convolution of stride 2 and a max pooling.
+        zero_init_last: Start every residual branch at zero (the attention sees zeros at first).
+        dropout: In front of the classifier.
+        drop_path: Rate of stochastic depth in the last block.
+
+    Raises:
+        ZooError: A size does not fit, or a name or option is unknown.
+    """
+    channels, _, _ = _image_shape(image_shape)
+    _whole("num_classes", num_classes, 1)
+    _whole("width", width, 2)
+    if width % 2:
+        raise ZooError(f"width={width} must be even")
+    for option, value in {"dropout": dropout, "drop_path": drop_path}.items():
+        _rate(option, value)
+    known = [n for n in timm.list_models(module="resnet") if re.fullmatch(r"resnet\d+[a-z]?", n)]
+    if name not in known:
+        raise unknown("name of a ResNet", name, known)
+    if stem not in _STEMS:
+        raise unknown("stem", stem, _STEMS)
+    model: Any = timm.create_model(
+        name,
+        in_chans=channels,
+        num_classes=num_classes,
+        channels=tuple(width * 2**stage for stage in range(4)),
+        # Of timm's stems only the deep one follows the width; its convolutions are replaced.
+        stem_type="deep",
+        stem_width=width // 2,
+        drop_rate=dropout,
+        drop_path_rate=drop_path,
+        zero_init_last=zero_init_last,
+        block_args={"attn_layer": None if attention is None else feature(attention)},
+    )
+    side, stride = (3, 1) if stem == "small" else (7, 2)
+    conv = nn.Conv2d(channels, width, side, stride, padding=side // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as timm does
+    model.conv1 = conv
+    if stem == "small":
+        model.maxpool = nn.Identity()
+    init_special(model)
+    return model
+
+
+def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise ZooError(f"image_shape={shape!r} must be (channels, height, width)")
+    for name, value in zip(("channels", "height", "width"), shape, strict=True):
+        _whole(f"image_shape: {name}", value, 1)
+    return shape[0], shape[1], shape[2]
+
+
+def _whole(name: str, value: object, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ZooError(f"{name}={value!r} must be a whole number of at least {low}")
+
+
+def _rate(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ZooError(f"{name}={value!r} must lie in [0, 1)")

@@ -1,0 +1,256 @@
+"""Recipes: found by name, changed from the command line, checked, and identified by their hash.
+
+    config = load("mqar", ["attention=linear", "seed=1", "lr=1e-3"])
+
+A recipe is a YAML file under recipes/; its `data.name` names a YAML file under data/ (or a data set
+itself), whose options the recipe may change. What comes out holds every option of the data set and
+of the model, so that it says by itself what was run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from zoo import datasets
+from zoo.errors import ZooError, unknown
+from zoo.resources import folder
+from zoo.runs.schema import Recipe, check, data_defaults, model_options
+from zoo.spec import canonical
+from zoo.tasks import Optim
+
+SHORT = {"lr": "optim.lr", "steps": "trainer.max_steps", "batch": "data.batch_size"}
+"""Short names of overrides."""
+
+# What a figure does not depend on, and what only says where a run takes place.
+_COMMENT = ("budget", "description")
+_PLACE = {
+    "data": ("eval_batch_size", "num_workers", "root"),
+    "trainer": ("accelerator", "checkpoint_every", "devices", "strategy"),
+}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a configuration is known by.
+
+    Args:
+        id: Name of the run: recipe, attention, seed and the beginning of the hash.
+        group: Hash of what two runs must share to be compared: all but attention, seed, learning
+            rate and where they took place.
+        config_hash: Hash of the whole configuration.
+    """
+
+    id: str
+    group: str
+    config_hash: str
+
+
+def recipes() -> list[str]:
+    """Names of all recipes in alphabetical order."""
+    return sorted(path.stem for path in folder("recipes").rglob("*.yaml"))
+
+
+def load(recipe: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """Read a recipe, change it, and check it.
+
+    Args:
+        recipe: Name of a recipe, or path of a YAML file.
+        overrides: Changes as ``key=value``, with dotted keys or the short names lr, steps, batch.
+
+    Returns:
+        The configuration, with every option of the data set and the model.
+
+    Raises:
+        ZooError: Unknown recipe, key or name (the nearest is given), or an impossible value.
+    """
+    path = _find(recipe)
+    raw = _read(path)
+    changed = _assignments(overrides)
+    try:
+        for key, value in changed.items():
+            OmegaConf.update(raw, key, value, merge=False)
+        plain = OmegaConf.to_container(raw, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ZooError(f"recipe {path.name}: {_line(error)}") from None
+    assert isinstance(plain, dict)
+    return _resolve(plain, path, changed)
+
+
+def run_id(recipe: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Return the id of the run of a recipe, as its folder and its record are called.
+
+    Args:
+        recipe: Name of a recipe, or path of a YAML file.
+        overrides: Changes as ``key=value``.
+
+    Raises:
+        ZooError: The recipe cannot be loaded.
+    """
+    return identify(load(recipe, overrides)).id
+
+
+def identify(config: DictConfig) -> Identity:
+    """Return what a configuration is known by.
+
+    Args:
+        config: What `load` returned.
+    """
+    full: Any = OmegaConf.to_container(config, resolve=True)
+    for key in _COMMENT:
+        del full[key]
+    whole = _hash(full)
+    slug = re.sub(r"[^a-z0-9_.]+", "-", config.attention.lower()).strip("-")[:80]
+    for key in ("attention", "seed", "name", "track"):
+        del full[key]
+    del full["optim"]["lr"]
+    for section, keys in _PLACE.items():
+        for key in keys:
+            full[section].pop(key, None)
+    name = f"{config.name}-{slug}-s{config.seed}-{whole[:8]}"
+    return Identity(name, _hash(full), whole)
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _find(recipe: str | Path) -> Path:
+    if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml")):
+        path = Path(recipe)
+        if not path.is_file():
+            raise ZooError(f"recipe file {path} does not exist")
+        return path
+    root = folder("recipes")
+    found = [p for p in root.rglob("*.yaml") if p.relative_to(root).with_suffix("").match(recipe)]
+    if not found:
+        raise unknown("recipe", recipe, recipes())
+    return found[0]
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        raw = OmegaConf.load(path)
+    except OSError as error:
+        raise ZooError(f"recipe {path}: {error.strerror or error}") from None
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ZooError(f"recipe {path} is not readable YAML: {_line(error)}") from None
+    if not isinstance(raw, DictConfig):
+        raise ZooError(f"recipe {path} must be a mapping of keys to values")
+    return raw
+
+
+def _assignments(overrides: Sequence[str]) -> dict[str, Any]:
+    """Read overrides into values by full key."""
+    found: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        key = SHORT.get(key.strip(), key.strip())
+        if not equals or not key:
+            raise ZooError(f"override {text!r} must be written key=value, such as seed=1")
+        if key in found:
+            raise ZooError(f"override {text!r}: {key!r} is given twice")
+        if key == "attention":  # a specification is text, whatever YAML would make of it
+            found[key] = value
+            continue
+        try:
+            found[key] = OmegaConf.select(OmegaConf.from_dotlist([f"value={value}"]), "value")
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ZooError(f"override {text!r}: cannot read the value: {_line(error)}") from None
+    return found
+
+
+def _resolve(plain: dict[str, Any], path: Path, changed: dict[str, Any]) -> DictConfig:
+    """Fill in the options of data and model, and check everything."""
+    for section in ("data", "model"):
+        if not isinstance(plain.get(section), dict) or "name" not in plain[section]:
+            raise ZooError(f"recipe {path.name}: {section} must be a mapping with a name")
+    data = _data(str(plain["data"]["name"]))
+    model = model_options(str(plain["model"]["name"]))
+    config = OmegaConf.structured(Recipe)
+    OmegaConf.set_struct(config, True)
+    known = [key for key, _ in _leaves(OmegaConf.to_container(config))]
+    known = [key for key in known if key not in ("data", "model", "optim")]
+    known += [f"optim.{key}" for key in Optim.__dataclass_fields__]
+    known += [f"data.{key}" for key in data] + [f"model.{key}" for key in model]
+    for key, _ in _leaves(plain, known):
+        if key not in known:
+            origin = "override" if _given(key, changed) else f"key in recipe {path.name}"
+            names = [*known, *SHORT] if origin == "override" else known
+            raise unknown(origin, key, names)
+    try:
+        plain["data"] = {**data, **plain["data"], "name": data["name"]}
+        plain["model"] = OmegaConf.to_container(OmegaConf.merge(model, plain["model"]))
+        config = OmegaConf.merge(config, plain)
+        for key, value in _leaves(OmegaConf.to_container(config)):
+            if value == "???":
+                raise ZooError(f"recipe {path.name}: {key} is missing; it has no default")
+    except OmegaConfBaseException as error:
+        key = error.full_key or "?"
+        where = "override" if _given(str(key), changed) else f"recipe {path.name}"
+        raise ZooError(f"{where}: {key}: {_line(error)}") from None
+    assert isinstance(config, DictConfig)
+    config.attention = canonical(config.attention)
+    OmegaConf.to_object(config.optim)
+    module = data_module(config)
+    check(config, module.test_names, module.task)
+    return config
+
+
+def _given(key: str, changed: dict[str, Any]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in changed)
+
+
+def _leaves(
+    tree: dict[str, Any], known: Sequence[str] = (), prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys with their values; a mapping under a known key is a value."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in known:
+            yield from _leaves(value, known, f"{key}.")
+        else:
+            yield key, value
+
+
+def _data(name: str) -> dict[str, Any]:
+    """Return name and options of the data that a YAML file under data/ or a data set stands for."""
+    files = {path.stem: path for path in folder("data").glob("*/*.yaml")}
+    if name not in files:
+        if name not in datasets.list():
+            raise unknown("data set", name, [*files, *datasets.list()])
+        return {"name": name, **data_defaults(name)}
+    content: Any = OmegaConf.to_container(_read(files[name]), resolve=True)
+    options = data_defaults(content["name"])
+    for key in content.get("options") or {}:
+        if key not in options:
+            raise unknown(f"option in {files[name].name}", key, options)
+    return {"name": content["name"], **options, **(content.get("options") or {})}
+
+
+def data_module(config: DictConfig) -> datasets.DataModule:
+    """Build the data module of a configuration.
+
+    Args:
+        config: What `load` returned.
+
+    Raises:
+        ZooError: An option is impossible.
+    """
+    options: Any = OmegaConf.to_container(config.data, resolve=True)
+    return datasets.create(options.pop("name"), seed=config.seed, **options)
+
+
+def _line(error: Exception) -> str:
+    """Return what an error says in one line."""
+    return " ".join(str(error).split("full_key:")[0].split())

@@ -1,0 +1,86 @@
+"""Processes of a sweep: how many at once, what they said last, and how they are ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+POLL = 0.05  # seconds between two looks at the running processes
+GRACE = 10.0  # seconds for an ended process to put its things in order
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def last_line(log: Path, start: int = 0) -> str:
+    """Return the last line with a word in it, without colours and frames.
+
+    Args:
+        log: What the process wrote to.
+        start: Where its output begins, in bytes.
+    """
+    with open(log, "rb") as file:
+        file.seek(max(start, file.seek(0, os.SEEK_END) - 65536))
+        text = file.read().decode(errors="replace")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    lines = [line.strip(" │|") for line in text.splitlines() if re.search(r"\w", line)]
+    return lines[-1][:300] if lines else "it said nothing"
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> None:
+    """End processes, each the head of its group, and wait for them.
+
+    Args:
+        processes: The processes.
+        received: Signals so far; one more ends the time of grace.
+    """
+    for process in processes:
+        _signal(process, signal.SIGTERM)
+    patience, deadline = len(received), time.monotonic() + GRACE
+    for process in processes:
+        while process.poll() is None:
+            if time.monotonic() > deadline or len(received) > patience:
+                _signal(process, signal.SIGKILL)
+                process.wait()
+                break
+            time.sleep(POLL)
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    if process.poll() is None:  # only then does the number surely belong to its group
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collect the signals that would end this process, so that none comes at a bad moment."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # signals never reach another thread
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # One that is ignored stays ignored: nohup and background jobs rely on it.
+    kept = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in kept}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,154 @@
+"""What all tasks share: the training step, evaluation on every split, and the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+from zoo.collect import auxiliary_losses
+from zoo.tasks.optim import Optim, parameter_groups, schedule
+
+Batch = dict[str, Tensor]
+
+
+class Figures(nn.Module):
+    """The metrics of one split."""
+
+    def update(self, logits: Tensor, batch: Batch) -> None:
+        """Take in a batch."""
+        raise NotImplementedError
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the figures over all batches by name, summed over processes."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        for metric in self.children():
+            assert isinstance(metric, Metric)
+            metric.reset()
+
+
+def mean() -> MeanMetric:
+    """Return a metric that averages numbers; one that is not a number shows in the average."""
+    return MeanMetric(nan_strategy="disable")
+
+
+class Task(LightningModule):
+    """A model with a loss, an optimiser and figures by split.
+
+    Validation figures are named ``val/...``, those of the first test set ``test/...`` and those
+    of a further test set ``test_NAME/...``. Auxiliary losses of the model's parts are added to
+    the training loss and logged as ``train/aux_NAME``; ``train/loss`` is the task's loss alone.
+
+    Args:
+        model: From batches to logits.
+        optim: How the weights are updated.
+        max_steps: Steps of the schedule.
+        test_names: Names of the test sets, the first of which is "test".
+    """
+
+    names: ClassVar[tuple[str, ...]]
+    """What the figures are called, without the split."""
+
+    def __init__(
+        self, model: nn.Module, optim: Optim, *, max_steps: int, test_names: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optim = optim
+        self.warmup = optim.warmup_steps(max_steps)
+        self.max_steps = max_steps
+        tests = [name if name == "test" else f"test_{name}" for name in test_names]
+        self.splits = ["val", *tests]
+        self.figures = nn.ModuleList(self.make_figures() for _ in self.splits)
+
+    # What a task provides.
+
+    def make_figures(self) -> Figures:
+        """Return fresh metrics for a split."""
+        raise NotImplementedError
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Run the model."""
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch."""
+        raise NotImplementedError
+
+    # What Lightning calls.
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss to minimise.
+
+        Args:
+            batch: The batch.
+            batch_idx: Its number.
+        """
+        loss = self.loss(self.logits(batch), batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        for name, value in auxiliary_losses(self.model).items():
+            self.log(f"train/aux_{name}", value.detach(), batch_size=1)
+            loss = loss + value
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Take a validation batch into the figures.
+
+        Args:
+            batch: The batch.
+            batch_idx: Its number.
+        """
+        self._split(0).update(self.logits(batch), batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Take a test batch into the figures.
+
+        Args:
+            batch: The batch.
+            batch_idx: Its number.
+            dataloader_idx: Number of the test set.
+        """
+        self._split(1 + dataloader_idx).update(self.logits(batch), batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation figures."""
+        self._finish(0)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures of all test sets."""
+        for index in range(1, len(self.splits)):
+            self._finish(index)
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW and its schedule, stepped at every step."""
+        optim = self.optim
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, optim.weight_decay),
+            lr=optim.lr,
+            betas=(optim.betas[0], optim.betas[1]),
+        )
+        factor = schedule(optim.schedule, self.warmup, self.max_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"},
+        }
+
+    def _split(self, index: int) -> Figures:
+        figures = self.figures[index]
+        assert isinstance(figures, Figures)
+        return figures
+
+    def _finish(self, index: int) -> None:
+        figures = self._split(index)
+        for name, value in figures.compute().items():
+            shown = index == 0 and name == self.names[0]
+            self.log(f"{self.splits[index]}/{name}", value, prog_bar=shown, batch_size=1)
+        figures.reset()
