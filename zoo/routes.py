@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zoo import engine
 from zoo.errors import ZooError, unknown
-from zoo.parts import Call, repeat_heads
+from zoo.parts import Call, Part, repeat_heads
 
 if TYPE_CHECKING:
     from zoo.attention import Attention
@@ -132,8 +132,8 @@ DENSE = Route(
 
 def candidates(host: Attention) -> list[Route]:
     """Every route of a host, in the order in which they are asked."""
-    own = [r for part in host.socket_parts() for r in part.routes()]
-    return [*own, SDPA, SDPA_STRIPS, ENGINE]
+    parts = [part for part in host.socket_parts() if type(part).routes is not Part.routes]
+    return [*(route for part in parts for route in part.routes()), SDPA, SDPA_STRIPS, ENGINE]
 
 
 def choose(host: Attention, call: Call) -> Route:

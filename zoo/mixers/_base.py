@@ -26,9 +26,7 @@ def check_sizes(dim: int, heads: int, dropout: float) -> None:
     if dim % heads:
         near = [h for h in range(1, dim + 1) if dim % h == 0]
         best = min(near, key=lambda h: abs(h - heads))
-        raise ZooError(
-            f"dim={dim} is not divisible by heads={heads}; nearest allowed heads={best}"
-        )
+        raise ZooError(f"dim={dim} is not divisible by heads={heads}; nearest allowed heads={best}")
     if not 0.0 <= dropout < 1.0:
         raise ZooError(f"dropout={dropout!r} must lie in [0, 1)")
 

@@ -39,9 +39,7 @@ def no_mixing_reference(v: Tensor, mask: Tensor | None = None) -> Tensor:
     "no_mixing",
     kind="mixer",
     paper=Paper("MetaFormer Baselines for Vision", 2022, "2210.13452"),
-    traits=Traits(
-        cross=False, mask="keys", bias=False, weights=False, grouped=False, cost="N * D"
-    ),
+    traits=Traits(cross=False, mask="keys", bias=False, weights=False, grouped=False, cost="N * D"),
     taxonomy=Taxonomy(
         sequences="none",
         levels="single",

@@ -47,9 +47,7 @@ def uniform_mean_reference(v: Tensor, causal: bool, mask: Tensor | None = None) 
     paper=Paper(
         "Accelerating Neural Transformer via an Average Attention Network", 2018, "1805.00631"
     ),
-    traits=Traits(
-        cross=False, mask="keys", bias=False, weights=False, grouped=False, cost="N * D"
-    ),
+    traits=Traits(cross=False, mask="keys", bias=False, weights=False, grouped=False, cost="N * D"),
     taxonomy=Taxonomy(
         sequences="self",
         levels="single",

@@ -123,6 +123,13 @@ class _Entmax(torch.autograd.Function):
         return u * (grad - mean), None
 
 
+def _check(alpha: float) -> None:
+    if not isinstance(alpha, int | float) or not 1 <= alpha < float("inf"):
+        raise ZooError(
+            f"alpha={alpha!r} must be a number of at least 1 (1 is softmax, 2 is sparsemax)"
+        )
+
+
 def entmax(scores: Tensor, alpha: float = 1.5) -> Tensor:
     """Sparse alternative to softmax over the last axis.
 
@@ -134,12 +141,11 @@ def entmax(scores: Tensor, alpha: float = 1.5) -> Tensor:
         (..., M), at least float32, rows sum to 1.
 
     Raises:
-        ZooError: `alpha` < 1.
+        ZooError: `alpha` is no number from 1 on.
 
     Source: Peters, Niculae, Martins 2019, equations 3, 10 and 14.
     """
-    if not alpha >= 1:
-        raise ZooError(f"alpha={alpha!r} must be at least 1 (1 is softmax, 2 is sparsemax)")
+    _check(alpha)
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
     return scores.softmax(-1) if alpha == 1 else _Entmax.apply(scores, float(alpha))
@@ -170,13 +176,12 @@ class Entmax(Normalize):
         alpha: 1 is softmax, 2 sparsemax; larger is sparser.
 
     Raises:
-        ZooError: `alpha` < 1.
+        ZooError: `alpha` is no number from 1 on.
     """
 
     def __init__(self, alpha: float = 1.5) -> None:
         super().__init__()
-        if not alpha >= 1:
-            raise ZooError(f"alpha={alpha!r} must be at least 1 (1 is softmax, 2 is sparsemax)")
+        _check(alpha)
         self.alpha = alpha
 
     def forward(self, scores: Tensor, mask: Tensor | None) -> Tensor:

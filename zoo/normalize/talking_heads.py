@@ -1,4 +1,4 @@
-"""Talking-heads attention (Shazeer, Lan, Cheng, Ding, Hou 2020): heads mix before and after softmax.
+"""Talking-heads attention (Shazeer et al. 2020): heads mix before and after the softmax.
 
     J  = q k^T * scale                               (B, H, N, M)
     L  = sum_g J[g] P_l[g, h]                        logits of head h from the scores of all heads

@@ -13,8 +13,8 @@ No parameters, cost N * D per head. Rotated keys are what the cache holds.
 - `fraction`: only the first R = fraction * D channels turn (GPT-NeoX).
 - `scaling` for sequences `factor` times as long: "linear" divides positions by it (Chen et al.
   2023); "ntk" multiplies the base by factor^(R / (R - 2)), which leaves the fastest pair alone and
-  slows the slowest by exactly `factor`; "yarn" (Peng et al. 2023) slows only the pairs that turn few
-  times within `original_len` and multiplies both tables by 0.1 ln(factor) + 1. YaRN's ramp is
+  slows the slowest by exactly `factor`; "yarn" (Peng et al. 2023) slows only the pairs that turn
+  few times within `original_len` and multiplies both tables by 0.1 ln(factor) + 1. YaRN's ramp is
   linear in m between whole-number bounds (32 turns and 1 turn), as in its released code; the paper
   writes it as linear in the number of turns.
 - `grid`: tokens stand on h rows and w columns behind `prefix` tokens that do not turn; the first

@@ -9,7 +9,8 @@ x = n // 2 hold one distance each, and the rest grow logarithmically up to `max_
     bucket(d) = d                                              d < x
                 min(n - 1, x + floor((n - x) ln(d / x) / ln(max_distance / x)))   otherwise
 
-with the logarithm in float32, as released, which decides the distances that fall on an edge.
+with the logarithm in float32, as released, which decides the distances that fall on an edge. Of
+the half for later keys the first bucket (distance 0) is never met.
 Parameters buckets * H, cost N * M.
 
 Differences: T5 leaves 1/sqrt(D) out of its scores and puts it into the initialisation of W_Q; here

@@ -132,10 +132,10 @@ def _find(recipe: str | Path) -> Path:
             raise ZooError(f"recipe file {path} does not exist")
         return path
     root = folder("recipes")
-    found = [p for p in root.rglob("*.yaml") if p.relative_to(root).with_suffix("").match(recipe)]
-    if not found:
-        raise unknown("recipe", recipe, recipes())
-    return found[0]
+    for path in sorted(root.rglob("*.yaml")):
+        if recipe in (path.stem, path.relative_to(root).with_suffix("").as_posix()):
+            return path
+    raise unknown("recipe", recipe, recipes())
 
 
 def _read(path: Path) -> DictConfig:

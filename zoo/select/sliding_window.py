@@ -164,10 +164,15 @@ def _refuse(host: Attention, call: Call) -> str | None:
         return "there are cached keys"
     if call.mask is not None and (call.mask.shape[1] > 1 or call.mask.shape[2] > 1):
         return "its mask can hide keys only, for all heads and queries alike"
-    window = host.select.width  # type: ignore[union-attr]
+    window = _window(host)
     if call.q.shape[2] <= 2 * window:
         return f"{call.q.shape[2]} tokens are no more than two windows of {window}"
     return None
+
+
+def _window(host: Attention) -> int:
+    assert isinstance(host.select, SlidingWindow)
+    return host.select.width
 
 
 def _run(host: Attention, call: Call) -> Tensor:
@@ -175,7 +180,7 @@ def _run(host: Attention, call: Call) -> Tensor:
         call.q,
         call.k,
         call.v,
-        host.select.width,  # type: ignore[arg-type]
+        _window(host),
         call.causal,
         mask=call.mask,
         scale=call.scale,

@@ -1,0 +1,133 @@
+"""From a configuration to data, model and task, and back from a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from zoo import models
+from zoo.datasets import DataModule
+from zoo.errors import ZooError
+from zoo.runs.checkpoints import LAST, read_checkpoint
+from zoo.runs.config import data_module, load
+from zoo.tasks import Task
+from zoo.tasks import find as find_task
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+
+
+def longest(data: DataModule) -> int:
+    """Return the length of the longest sequence of any split.
+
+    Args:
+        data: Data module of sequences.
+    """
+    return getattr(data, "max_seq_len", None) or data.seq_len  # type: ignore[attr-defined]
+
+
+def build_task(config: DictConfig, data: DataModule) -> Task:
+    """Build the model for the data, and the task around it.
+
+    Args:
+        config: What `load` returned.
+        data: Its data module.
+
+    Raises:
+        ZooError: The model is impossible.
+    """
+    options: Any = OmegaConf.to_container(config.model, resolve=True)
+    name = options.pop("name")
+    if data.task == "classification":
+        options |= {"image_shape": data.image_shape, "num_classes": data.num_classes}  # type: ignore[attr-defined]
+    else:
+        options["vocab_size"] = data.vocab_size  # type: ignore[attr-defined]
+        need = longest(data)
+        options["max_len"] = need if options.get("max_len") is None else options["max_len"]
+        if options["max_len"] < need:
+            raise ZooError(
+                f"model.max_len={options['max_len']} is shorter than the data's sequences; "
+                f"allowed: at least {need}"
+            )
+    model = models.create(name, attention=config.attention, **options)
+    more = {"bytes_per_token": data.bytes_per_token} if data.task == "language" else {}  # type: ignore[attr-defined]
+    return find_task(config.task)(
+        model,
+        OmegaConf.to_object(config.optim),  # type: ignore[arg-type]
+        max_steps=config.trainer.max_steps,
+        test_names=data.test_names,
+        **more,
+    )
+
+
+def example(data: DataModule) -> Tensor:
+    """Return an input of one sequence (1, T) or image (1, C, H, W), all zeros.
+
+    Args:
+        data: The data module.
+    """
+    if data.task == "classification":
+        return torch.zeros(1, *data.image_shape)  # type: ignore[attr-defined]
+    return torch.zeros(1, data.seq_len, dtype=torch.int64)  # type: ignore[attr-defined]
+
+
+@dataclass
+class Restored:
+    """A run as it was left.
+
+    Args:
+        config: Its configuration.
+        data: Its data module, not yet set up.
+        task: Its task, whose `model` has the weights of the best checkpoint, in evaluation mode.
+        step: Step of that checkpoint.
+    """
+
+    config: DictConfig
+    data: DataModule
+    task: Task
+    step: int
+
+
+def read_config(run: str | Path) -> DictConfig:
+    """Read the configuration of a run.
+
+    Args:
+        run: Its folder.
+
+    Raises:
+        ZooError: The folder or its configuration is missing or cannot be read.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise ZooError(f"the run folder {run} does not exist")
+    if not (run / CONFIG).is_file():
+        raise ZooError(f"{run} is not a run folder: it has no {CONFIG}")
+    return load(run / CONFIG)
+
+
+def restore(run: str | Path) -> Restored:
+    """Build the model of a run with its best weights.
+
+    Args:
+        run: Folder of the run, finished or not.
+
+    Raises:
+        ZooError: There is no such run, or it has no checkpoint yet.
+    """
+    config = read_config(run)
+    folder = Path(run) / CHECKPOINTS
+    state = keeper_state(read_checkpoint(folder / LAST), folder / LAST)
+    step = int(state["best"]["step"])
+    best = folder / f"best-{step:07d}.ckpt"
+    data = data_module(config)
+    task = build_task(config, data)
+    try:
+        task.load_state_dict(read_checkpoint(best)["state_dict"])
+    except RuntimeError as error:
+        raise ZooError(f"{best} does not fit the model: {' '.join(str(error).split())}") from None
+    return Restored(config, data, task.eval(), step)
