@@ -36,7 +36,7 @@ def test_a_feature_mechanism_stands_at_the_end_of_each_residual_branch() -> None
         assert deep.layer1[0].se.conv.in_channels == 256
         with pytest.raises(ZooError, match="'test_gate' is of kind 'feature', but a ViT needs"):
             bind("test_gate")
-        with pytest.raises(ZooError, match="unknown option of 'test_gate' 'slop'.*'slope'"):
+        with pytest.raises(ZooError, match=r"unknown option of 'test_gate' 'slop'.*'slope'"):
             feature("test_gate", slop=1.0)
         with pytest.raises(ZooError, match="'slope' is given twice"):
             feature("test_gate(slope=2.0)", slope=1.0)
@@ -59,7 +59,7 @@ def test_timms_own_modules_by_name(name: str) -> None:
 
 def test_options_of_timms_own_modules() -> None:
     assert feature("se", rd_ratio=0.5)(32).fc1.out_channels == 16
-    assert feature("eca", kernel_size=5)(32).conv.kernel_size == (5,)
+    assert feature("eca", gamma=1)(32).conv.kernel_size == (7,)
 
 
 BAD_FEATURES: dict[str, tuple[Callable[[], Any], str]] = {

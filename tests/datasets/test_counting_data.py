@@ -101,15 +101,28 @@ def test_statements_are_uniform_and_have_their_weights():
 
 
 def test_a_full_variable_leaves_the_other_its_share():
-    # Increments only, of two variables: with one full at 1, drawing again gives the other one.
-    options = {**OPTIONS, "max_value": 1, "set_weight": 0.02, "pass_weight": 0}
-    options |= {"increment_weight": 1, "min_statements": 4, "max_statements": 4}
-    tokens, _ = counting(2000, torch.Generator().manual_seed(0), **options)
+    # Where one of two variables is full, half of the increments drawn are impossible and drawn
+    # again with everything else: increments keep half their weight, 3 of 1 + 3 + 2.
+    options = {**OPTIONS, "max_value": 1, "seq_len": 120, "max_statements": 40}
+    options |= {"set_weight": 1, "increment_weight": 6, "pass_weight": 2}
+    tokens, _ = counting(600, torch.Generator().manual_seed(0), **options)
     words = vocabulary(2, 1)
+    seen = {"pass;": 0, "=": 0, "++;": 0}
     for row in tokens.tolist():
         text = [words[token] for token in row]
-        per_set = text[: text.index("print")]
-        assert per_set.count("++;") <= per_set.count("=")
+        values: dict[str, int] = {}
+        place = 0
+        while text[place] != "print":
+            kind = "pass;" if text[place] == "pass;" else text[place + 1]
+            if sorted(values.values()) == [0, 1]:
+                seen[kind] += 1
+            if kind != "pass;":
+                values[text[place]] = 0 if kind == "=" else values[text[place]] + 1
+            place += {"pass;": 1, "=": 4, "++;": 2}[kind]
+    total = sum(seen.values())
+    assert total > 1000
+    shares = [seen[kind] / total for kind in ("=", "++;", "pass;")]
+    assert shares == pytest.approx([1 / 6, 1 / 2, 1 / 3], abs=0.06)
 
 
 def test_all_set_variables_are_asked_for_equally():

@@ -93,6 +93,11 @@ def test_a_table_without_softmax_says_so(make):
         assert "- **No softmax baseline**" in render(records)
 
 
+def test_a_table_without_a_floor_says_so(make, three):
+    assert "- **No floor**" in render(three)
+    assert "No floor" not in render([*three, make(attention="no_mixing")])
+
+
 @given(
     order=st.randoms(),
     runs=st.lists(
@@ -256,6 +261,11 @@ def test_groups_of_one_recipe_are_told_apart(make):
     assert [len(rows) for rows in rest] == [1, 2, 1]
     assert page.count("Unlike other groups of this recipe: `model.dim=64`.") == 1
     assert page.count("Unlike other groups of this recipe: `model.dim=128`.") == 1
+
+
+def test_a_long_hash_is_shortened(make):
+    page = render([make(group="0123456789abcdef")])
+    assert "### `mqar`, group `0123456789ab`\n" in page
 
 
 def test_the_summary_has_every_mechanism_and_recipe(make, three):

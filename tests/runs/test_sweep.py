@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,81 +20,7 @@ from zoo.runs.grid import parse_grid
 from zoo.runs.records import RecordWarning, read, write
 from zoo.runs.sweep import sweep
 
-# A run in small: it keeps a journal, may have a checkpoint, and writes a record made beforehand.
-RUNNER = r"""
-import json, os, signal, subprocess, sys, time
-from pathlib import Path
-
-template, recipe, *words = sys.argv[1:]
-at = words.index("--records")
-overrides = words[:at]
-records, runs = Path(words[at + 1]), Path(words[words.index("--runs") + 1])
-name = "-".join([recipe, *overrides]).replace("(", "_").replace(")", "_")
-folder = runs / name
-folder.mkdir(parents=True, exist_ok=True)
-journal = open(folder / "journal", "a", buffering=1)
-do = dict(word.split("=", 1) for word in overrides).get("do", "well")
-status, checkpoint = "finished", folder / "checkpoint"
-
-
-def note(word):
-    print(word, time.monotonic_ns(), file=journal)
-
-
-def wait(path):
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        if time.monotonic() > deadline:
-            sys.exit(f"{path} never came")
-        time.sleep(0.01)
-
-
-note("start")
-print("words", json.dumps(sys.argv[1:]))
-print("threads", os.environ["OMP_NUM_THREADS"])
-if do == "crash":
-    print("\x1b[31mTraceback\x1b[0m", file=sys.stderr)
-    print("\x1b[31m| ValueError: no such thing |\x1b[0m\n+----+\n", file=sys.stderr)
-    sys.exit(1)
-if do == "kill":
-    if "--resume-if-possible" in words and checkpoint.exists():
-        note("resumed")
-    else:
-        checkpoint.touch()
-        print("half done", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-if do == "silent":
-    sys.exit(0)
-if do in ("nan", "failed"):
-    status = do
-if do == "meet":
-    (runs / f"met-{os.getpid()}").touch()
-    deadline = time.monotonic() + 60
-    while len(list(runs.glob("met-*"))) < 2:
-        if time.monotonic() > deadline:
-            sys.exit("nobody came")
-        time.sleep(0.01)
-if do == "hold":
-    wait(runs / "go")
-if do == "open":
-    (runs / "go").touch()
-if do == "interrupt":
-    subprocess.Popen([sys.executable, "-I", "-c", "import time; time.sleep(60)"])
-    os.kill(os.getppid(), signal.SIGINT)
-    time.sleep(60)
-if do == "stubborn":
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getppid(), signal.SIGINT))
-    os.kill(os.getppid(), signal.SIGINT)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        time.sleep(0.01)
-record = json.loads(Path(template).read_text())
-record.update(id=name, status=status, error=None if status != "failed" else "it broke")
-records.mkdir(parents=True, exist_ok=True)
-(records / f".{name}.tmp").write_text(json.dumps(record))
-os.replace(records / f".{name}.tmp", records / f"{name}.json")
-note("end")
-"""
+RUNNER = Path(__file__).with_name("toy_runner.py")
 
 
 def identify(recipe, overrides):
@@ -104,9 +29,8 @@ def identify(recipe, overrides):
 
 @pytest.fixture
 def runner(make, tmp_path):
-    (tmp_path / "runner.py").write_text(RUNNER)
     (tmp_path / "template.json").write_text(make().to_json())
-    return [sys.executable, "-S", str(tmp_path / "runner.py"), str(tmp_path / "template.json")]
+    return [sys.executable, "-S", str(RUNNER), str(tmp_path / "template.json")]
 
 
 @pytest.fixture
@@ -341,32 +265,6 @@ def test_a_second_interrupt_kills_at_once(go, tmp_path, monkeypatch):
     assert journal(tmp_path, "toy-do=stubborn") == ["start"]
 
 
-def test_a_run_that_does_not_end_is_killed_after_its_grace(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "GRACE", 0.0)
-    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True)"
-    child = subprocess.Popen(
-        [sys.executable, "-I", "-c", f"{code}; time.sleep(60)"],
-        stdout=subprocess.PIPE,
-        process_group=0,
-    )
-    with child:
-        child.stdout.readline()
-        processes.end([child], [])
-    assert child.returncode == -signal.SIGKILL
-
-
-def test_a_signal_that_is_ignored_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with processes.signals() as received:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-        assert received == []
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
 def test_a_sweep_works_in_another_thread(go):
     results = []
     worker = threading.Thread(target=lambda: results.append(go("seeds=1")))
@@ -424,10 +322,3 @@ def test_the_progress_bar_counts_what_is_left_to_do(go, make, tmp_path):
         go("seed=4", progress=False)
         go("seeds=3", progress=True)
     assert quiet.getvalue() == ""
-
-
-def test_the_last_line_is_found_in_a_long_log(tmp_path):
-    log = Path(tmp_path / "log")
-    log.write_bytes(b"x" * 200_000 + b"\n\xff\rstep 3\rthe reason\n  \n-----\n")
-    assert processes.last_line(log) == "the reason"
-    assert processes.last_line(log, log.stat().st_size) == "it said nothing"

@@ -34,10 +34,10 @@ def draw(report: Report) -> Figure:
     axes[0, 0].set_ylabel(f"{clock} time of a call (ms)")
     axes[1, 0].set_ylabel("peak memory of a call (MiB)")
     causal = "causal" if setting.causal else "bidirectional"
-    handles, _ = axes[0, 0].get_legend_handles_labels()
-    labels = [_label(report, handle.get_label()) for handle in handles]
+    drawn = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    labels = [_label(report, spec) for spec in drawn]
     figure.legend(
-        handles, labels, fontsize=8, loc="outside lower center", ncols=min(3, columns + 1)
+        drawn.values(), labels, fontsize=8, loc="outside lower center", ncols=min(3, columns + 1)
     )
     figure.suptitle(
         f"B={setting.batch}, C={setting.dim}, H={setting.heads}, {causal}, {setting.dtype}, "

@@ -100,8 +100,8 @@ class _Entmax(torch.autograd.Function):
     def forward(scores: Tensor, alpha: float) -> Tensor:
         """Weights of the same shape."""
         # A row of -inf alone must not become NaN.
-        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-        x = ((alpha - 1) * (scores - top)).clamp(min=-2.0)
+        scores = scores.clamp(min=torch.finfo(scores.dtype).min)
+        x = ((alpha - 1) * (scores - scores.amax(-1, keepdim=True))).clamp(min=-2.0)
         if alpha == 2:
             return _sparsemax(x)
         return _entmax15(x) if alpha == 1.5 else _bisect(x, alpha)

@@ -13,8 +13,8 @@ from torch import Tensor
 from zoo import models
 from zoo.datasets import DataModule
 from zoo.errors import ZooError
-from zoo.runs.checkpoints import LAST, read_checkpoint
-from zoo.runs.config import data_module, load
+from zoo.runs.checkpoints import LAST, best_path, keeper_state, read_checkpoint
+from zoo.runs.config import data_module, identify, load
 from zoo.tasks import Task
 from zoo.tasks import find as find_task
 
@@ -121,13 +121,14 @@ def restore(run: str | Path) -> Restored:
     """
     config = read_config(run)
     folder = Path(run) / CHECKPOINTS
-    state = keeper_state(read_checkpoint(folder / LAST), folder / LAST)
-    step = int(state["best"]["step"])
-    best = folder / f"best-{step:07d}.ckpt"
+    best = keeper_state(folder / LAST, identify(config).config_hash)["best"]
+    if not best:
+        raise ZooError(f"{run} has no best checkpoint yet: it was never validated")
     data = data_module(config)
     task = build_task(config, data)
+    path = best_path(folder, best)
     try:
-        task.load_state_dict(read_checkpoint(best)["state_dict"])
+        task.load_state_dict(read_checkpoint(path)["state_dict"])
     except RuntimeError as error:
-        raise ZooError(f"{best} does not fit the model: {' '.join(str(error).split())}") from None
-    return Restored(config, data, task.eval(), step)
+        raise ZooError(f"{path} does not fit the model: {' '.join(str(error).split())}") from None
+    return Restored(config, data, task.eval(), int(best["step"]))

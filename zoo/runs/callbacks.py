@@ -14,7 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, RichProgressBar
 from torch import Tensor
 
-from zoo.runs.checkpoints import LAST, random_state, set_random_state
+from zoo.runs.checkpoints import KEEPER, LAST, best_path, random_state, set_random_state
 
 
 class Diverged(Exception):
@@ -67,9 +67,14 @@ class Keeper(Checkpoint):
         self._random: dict[str, Any] | None = None
 
     @property
+    def state_key(self) -> str:
+        """Where the state is in a checkpoint."""
+        return KEEPER
+
+    @property
     def best_path(self) -> Path:
         """The checkpoint that was best on validation."""
-        return self.folder / f"best-{int(self.best['step']):07d}.ckpt"
+        return best_path(self.folder, self.best)
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         """Put the random state back, once, right before the first step after a resume."""

@@ -17,6 +17,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from zoo.errors import ZooError
 
 LAST = "last.ckpt"
+KEEPER = "Keeper"
+"""Where the keeper's state is in a checkpoint, among those of the callbacks."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -82,6 +84,37 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not {"state_dict", "global_step"} <= set(checkpoint):
         raise ZooError(f"{path} is not a checkpoint of a run of the zoo")
     return checkpoint
+
+
+def best_path(folder: Path, best: dict[str, float]) -> Path:
+    """Return where the best checkpoint is.
+
+    Args:
+        folder: Folder of the checkpoints.
+        best: Its row of the history.
+    """
+    return folder / f"best-{int(best['step']):07d}.ckpt"
+
+
+def keeper_state(path: Path, config_hash: str) -> dict[str, Any]:
+    """Read what the keeper of a run wrote into its last checkpoint.
+
+    Args:
+        path: The checkpoint.
+        config_hash: Hash of the configuration that it must belong to.
+
+    Raises:
+        ZooError: It cannot be read, or belongs to something else.
+    """
+    state = read_checkpoint(path).get("callbacks", {}).get(KEEPER)
+    if state is None:
+        raise ZooError(f"{path} is not a checkpoint of a run of the zoo")
+    if state["config_hash"] != config_hash:
+        raise ZooError(
+            f"{path} was made with another configuration than this; "
+            "start a new run, or restore the old configuration"
+        )
+    return state
 
 
 def _line(error: Exception) -> str:

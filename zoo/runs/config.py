@@ -178,7 +178,6 @@ def _resolve(plain: dict[str, Any], path: Path, changed: dict[str, Any]) -> Dict
     data = _data(str(plain["data"]["name"]))
     model = model_options(str(plain["model"]["name"]))
     config = OmegaConf.structured(Recipe)
-    OmegaConf.set_struct(config, True)
     known = [key for key, _ in _leaves(OmegaConf.to_container(config))]
     known = [key for key in known if key not in ("data", "model", "optim")]
     known += [f"optim.{key}" for key in Optim.__dataclass_fields__]
@@ -204,6 +203,7 @@ def _resolve(plain: dict[str, Any], path: Path, changed: dict[str, Any]) -> Dict
     OmegaConf.to_object(config.optim)
     module = data_module(config)
     check(config, module.test_names, module.task)
+    OmegaConf.set_struct(config, True)
     return config
 
 

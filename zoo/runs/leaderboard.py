@@ -17,7 +17,7 @@ from zoo.errors import ZooError
 from zoo.runs import stats
 from zoo.runs.markdown import NONE, code, table
 from zoo.runs.records import Record, read_all, replace_text
-from zoo.runs.standings import SEEDS, arrow, section, spread
+from zoo.runs.standings import DIGITS, FLOOR, SEEDS, arrow, section, spread
 from zoo.runs.stats import Row, Table
 
 COMMAND = "zoo leaderboard"
@@ -35,7 +35,8 @@ brackets, the number of seeds, of which a comparison needs {SEEDS}; one seed has
 that diverged (nan) or failed has no figure: it shows in the brackets as in "2 of 3", counts as
 unsolved, and is listed. "vs softmax" is the mean difference over the shared seeds with its 95 %
 Student t interval, each row for itself, and "differs" tells whether that interval excludes zero.
-Equal rounded means share a rank. "lr (tried)" has the rate chosen and the number of rates; "runs"
+Every table needs softmax attention (`mha`) as its baseline and `{FLOOR}` as its floor. Equal
+rounded means share a rank. "lr (tried)" has the rate chosen and the number of rates; "runs"
 are those of all rates. Times are medians of one training step; FLOPs and state are those of one
 sequence or image, forward.
 """
@@ -110,7 +111,7 @@ def _summary(tables: Mapping[Table, list[Row]]) -> str:
     header = ["attention"]
     cells: dict[str, dict[Table, str]] = defaultdict(dict)
     for key, rows in tables.items():
-        group = f" {code(key.group)}" if recipes[key.recipe] > 1 else ""
+        group = f" {code(key.group[:DIGITS])}" if recipes[key.recipe] > 1 else ""
         header.append(f"{code(key.recipe)}{group} {arrow(key)}")
         for row in rows:
             cells[row.attention][key] = spread(row.spread, row.attempts)

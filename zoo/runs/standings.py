@@ -10,6 +10,8 @@ from zoo.runs.markdown import NONE, code, figures, milliseconds, quantity, size,
 from zoo.runs.stats import Row, Spread, Table
 
 SEEDS = 3
+FLOOR = "no_mixing"  # what the host reaches when no position learns of another
+DIGITS = 12  # of a hash; more tell a reader nothing
 
 
 def section(key: Table, rows: list[Row], settings: Mapping[str, str]) -> str:
@@ -57,7 +59,7 @@ def _introduction(key: Table, rows: list[Row], settings: Mapping[str, str]) -> s
     if settings:
         listed = ", ".join(code(f"{name}={value}") for name, value in settings.items())
         text += f"\nUnlike other groups of this recipe: {listed}.\n"
-    return f"### {code(key.recipe)}, group {code(key.group)}\n\n{text}"
+    return f"### {code(key.recipe)}, group {code(key.group[:DIGITS])}\n\n{text}"
 
 
 def _standings(key: Table, rows: list[Row]) -> str:
@@ -137,6 +139,8 @@ def _notes(rows: list[Row]) -> str:
     softmax = stats.baseline(rows)
     if softmax is None or not softmax.values:
         notes.append("**No softmax baseline**: this table has no run of `mha` with a figure.")
+    if not any(row.attention == FLOOR and row.values for row in rows):
+        notes.append(f"**No floor**: this table has no run of {code(FLOOR)} with a figure.")
     if few := [row.attention for row in rows if len(row.values) < SEEDS]:
         notes.append(f"**Fewer than {SEEDS} seeds** with a figure: {_distinct(map(code, few))}.")
     if len({row.lrs for row in rows}) > 1:
@@ -151,7 +155,7 @@ def _notes(rows: list[Row]) -> str:
     }
     if len(devices) > 1:
         notes.append("**Several devices**: times and memory do not compare across them.")
-    data = {code(f"{r.data['name']} {(r.data['fingerprint'] or 'unknown')[:12]}") for r in runs}
+    data = {code(f"{r.data['name']} {(r.data['fingerprint'] or 'unknown')[:DIGITS]}") for r in runs}
     if len(data) > 1:
         notes.append("**Several data**: the runs of this table did not all see the same data.")
     if repeats := sum(row.repeats for row in rows):
@@ -170,8 +174,8 @@ def _notes(rows: list[Row]) -> str:
 
 
 def _short(commit: str | None) -> str:
-    """Return a commit with twelve digits; a mark of unsaved changes stays."""
+    """Return a commit by its first digits; a mark of unsaved changes stays."""
     if commit is None:
         return "unknown"
     digits, dash, mark = commit.partition("-")
-    return f"{digits[:12]}{dash}{mark}"
+    return f"{digits[:DIGITS]}{dash}{mark}"

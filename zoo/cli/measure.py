@@ -1,0 +1,132 @@
+"""`zoo bench` and `zoo show`: figures and pictures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zoo.cli.errors import Failed
+from zoo.cli.output import console, notes
+from zoo.errors import ZooError
+
+
+def bench(
+    specs: Annotated[
+        list[str], typer.Argument(help="Specifications; 'handwritten' is plain torch code.")
+    ],
+    lengths: Annotated[str, typer.Option(help="Tokens N, separated by commas.")] = (
+        "512,1024,2048,4096"
+    ),
+    dim: Annotated[int, typer.Option(help="Channels.")] = 512,
+    heads: Annotated[int, typer.Option(help="Heads.")] = 8,
+    batch: Annotated[int, typer.Option(help="Samples.")] = 1,
+    causal: Annotated[bool, typer.Option(help="Causal or bidirectional.")] = True,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    forward_only: Annotated[
+        bool, typer.Option("--forward-only", help="Leave out forward+backward.")
+    ] = False,
+    baseline: Annotated[str, typer.Option(help="What the others are compared with.")] = "mha",
+    repeats: Annotated[int, typer.Option(help="Rounds, at least.")] = 5,
+    min_time: Annotated[
+        float, typer.Option(help="Seconds of measurement for each length and pass, at least.")
+    ] = 1.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results; default runs/bench/NAME.")
+    ] = None,
+) -> None:
+    """Measure time, memory and FLOPs of mechanisms side by side."""
+    from zoo import bench as measuring
+    from zoo.bench import report as reporting
+
+    setting = measuring.Setting(
+        specs=specs,
+        lengths=_numbers(lengths),
+        dim=dim,
+        heads=heads,
+        batch=batch,
+        causal=causal,
+        threads=threads,
+        backward=not forward_only,
+        baseline=baseline,
+        rounds=repeats,
+        seconds=min_time,
+        device=device,
+        dtype=dtype,
+    )
+    with notes().status("measuring") as status:
+        report = measuring.measure(setting, status.update)
+    reporting.show(report, console())
+    folder = output or Path("runs/bench") / reporting.slug(report)
+    for path in reporting.save(report, folder):
+        notes().print(f"wrote {path}", soft_wrap=True)
+    if report.failed:
+        raise Failed(f"no figures for {', '.join(map(repr, report.failed))}; the table says why")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise ZooError(
+            f"lengths={text!r} must be whole numbers separated by commas, e.g. 512,1024"
+        ) from None
+
+
+def show(
+    spec: Annotated[
+        str | None, typer.Argument(help="Specification; left out when a run is shown.")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Show a trained run: its folder, or its id.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Show the untrained model of a recipe.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    output: Annotated[
+        Path | None, typer.Option(help="Picture; default runs/show/NAME.png.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens shown; default 32, or the whole example.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads of a single host, default 4.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Channels of a single host, default 64.")] = None,
+    causal: Annotated[
+        bool | None, typer.Option(help="Whether a single host is causal; default it is not.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of an untrained host's weights and input.")] = 0,
+) -> None:
+    """Draw the attention maps of a host, of a recipe's model or of a trained run."""
+    from zoo import show as drawing
+
+    tokens: list[str] | None = None
+    if run is None and recipe is None:
+        if spec is None:
+            raise ZooError("nothing to show; give a specification, --run or --recipe")
+        maps = drawing.host_maps(
+            spec,
+            dim=64 if dim is None else dim,
+            heads=4 if heads is None else heads,
+            length=32 if length is None else length,
+            causal=bool(causal),
+            seed=seed,
+        )
+        title = f"{spec}, untrained, random input{', causal' if causal else ''}"
+    else:
+        if run is not None and recipe is not None:
+            raise ZooError("--run and --recipe are two models; give one of them")
+        for name, value in (("heads", heads), ("dim", dim), ("causal", causal)):
+            if value is not None:
+                raise ZooError(f"--{name} belongs to a single host; a run or recipe sets its own")
+        from zoo.cli.models import attention_maps
+
+        maps, tokens, title = attention_maps(spec, run, recipe, runs, length, seed)
+    figure = drawing.draw(maps, title=title, tokens=tokens)
+    name = re.sub(r"[^A-Za-z0-9_.=-]+", "-", Path(run).name if run else spec or str(recipe))
+    path = drawing.save_figure(figure, output or Path("runs/show") / f"{name.strip('-')[:120]}.png")
+    notes().print(f"wrote {path}", soft_wrap=True)

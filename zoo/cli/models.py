@@ -1,0 +1,126 @@
+"""Models for the commands that look into one: those of recipes and those of runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.errors import ZooError, unknown
+from zoo.runs.build import CONFIG, Restored, build_task, restore
+from zoo.runs.config import data_module, load
+from zoo.show import maps, visible
+from zoo.spec import canonical
+
+
+def run_folder(name: str, runs: Path) -> Path:
+    """Folder of a run.
+
+    Args:
+        name: Its path, or its id.
+        runs: Folder of the runs.
+
+    Raises:
+        ZooError: No such run; the nearest id is named.
+    """
+    for folder in (Path(name), runs / name):
+        if folder.is_dir():
+            return folder
+    known = [path.parent.name for path in runs.glob(f"*/{CONFIG}")]
+    raise unknown(f"run in the folder {str(runs)!r}", name, known)
+
+
+def attention_maps(
+    spec: str | None, run: str | None, recipe: str | None, runs: Path, length: int | None, seed: int
+) -> tuple[dict[str, Tensor], list[str] | None, str]:
+    """Maps of a recipe's untrained model or of a trained run on its first validation example.
+
+    Args:
+        spec: Attention of the recipe's model, or None for the recipe's own.
+        run: Folder or id of a run, or None.
+        recipe: Name or path of a recipe, or None.
+        runs: Folder of the runs.
+        length: Longest piece of the example, or None for all of it.
+        seed: Of the weights of an untrained model.
+
+    Returns:
+        The maps, the tokens as text (None where there is no text) and a title.
+
+    Raises:
+        ZooError: There is no such run or recipe, or it is another than `spec` says.
+    """
+    if run is not None:
+        found = restore(run_folder(run, runs))
+        held = found.config.attention
+        if spec is not None and canonical(spec) != held:
+            raise ZooError(f"the run {run!r} has attention {held!r}, not {spec!r}")
+        state = f"after {found.step} steps"
+    else:
+        config = load(str(recipe), [] if spec is None else [f"attention={spec}"])
+        data = data_module(config)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            found = Restored(config, data, build_task(config, data), 0)
+        held, state = config.attention, "untrained"
+    tokens, inputs = _example(found.data, length)
+    title = f"{held}, {found.config.name}, {state}, first validation example"
+    return maps(found.task.model, inputs), tokens, title
+
+
+def _example(data: Any, length: int | None) -> tuple[list[str] | None, Tensor]:
+    if length is not None and length < 1:
+        raise ZooError(f"length={length!r} must be at least 1")
+    data.setup()
+    batch = next(iter(data.val_dataloader()))
+    if "image" in batch:
+        if length is not None:
+            raise ZooError("--length cuts sequences; an image is shown whole")
+        return None, batch["image"][:1]
+    tokens = batch["tokens"][:1, :length]
+    if data.task == "language":
+        return [visible(data.decode([token])) for token in tokens[0].tolist()], tokens
+    return [str(token) for token in tokens[0].tolist()], tokens
+
+
+def continuation(
+    run: Path,
+    prompt: str,
+    steps: int,
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> str:
+    """Text that a trained language model writes after a prompt.
+
+    Args:
+        run: Folder of the run.
+        prompt: Beginning of the text, at least one token.
+        steps: Tokens to add.
+        temperature: Of the softmax; 0 takes the likeliest token.
+        top_k: Sample among this many likeliest tokens, or None.
+        top_p: Sample among the likeliest tokens of together this probability, or None.
+        seed: Of the sampling.
+
+    Raises:
+        ZooError: The run is no language model, has no checkpoint, or an argument is out of range.
+    """
+    found = restore(run)
+    if found.config.task != "language":
+        raise ZooError(
+            f"the run {run.name!r} was trained for {found.config.task}; only language models "
+            "write text"
+        )
+    if not prompt:
+        raise ZooError("the prompt is empty; give at least one character")
+    data: Any = found.data
+    tokens = torch.tensor([data.encode(prompt)])
+    model: Any = found.task.model
+    generator = torch.Generator().manual_seed(seed)
+    written = model.generate(
+        tokens, steps, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+    )
+    return data.decode(written[0].tolist())

@@ -1,0 +1,173 @@
+"""`zoo run`, `sweep`, `leaderboard` and `sample`: from a recipe to a table and to text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from zoo.cli.errors import Failed
+from zoo.cli.output import console, notes
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from zoo.runs.records import Record
+
+Records = Annotated[Path, typer.Option(help="Folder of the records.")]
+Runs = Annotated[Path, typer.Option(help="Folder of the run folders.")]
+
+
+def run(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name or YAML file; 'zoo list --recipes' names them.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes such as attention=linear seed=1 lr=1e-3 model.dim=128."),
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with a run: its folder, or its id.")
+    ] = None,
+    records: Records = Path("runs/records"),
+    runs: Runs = Path("runs"),
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    resume_if_possible: Annotated[
+        bool, typer.Option("--resume-if-possible", help="Go on where the same run was left.")
+    ] = False,
+) -> None:
+    """Train one model by a recipe and write its record."""
+    from zoo.runs import config, train
+
+    work: Callable[..., Record]
+
+    if resume is not None:
+        folder = _resumable(resume, runs, recipe, overrides or [])
+        work = partial(train.resume, folder)
+    elif recipe is None:
+        raise ZooError("nothing to run; give a recipe or --resume RUN")
+    else:
+        folder = runs / config.run_id(recipe, overrides or [])
+        work = partial(
+            train.run,
+            recipe,
+            overrides or [],
+            runs=runs,
+            resume_if_possible=resume_if_possible,
+        )
+    begun = datetime.now(UTC)
+    try:
+        record = work(records=records, quiet=quiet, progress=not quiet)
+    except ZooError:
+        raise
+    except KeyboardInterrupt:
+        notes().print(f"go on with: zoo run --resume {folder}", soft_wrap=True)
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise Failed(f"the run failed: {type(error).__name__}: {text}") from error
+    if not quiet:
+        before = "done before: " if datetime.fromisoformat(record.created) < begun else ""
+        console().print(before + _line(record), markup=False, soft_wrap=True)
+
+
+def _resumable(name: str, runs: Path, recipe: str | None, overrides: list[str]) -> Path:
+    """Folder of a run to go on with, which must be what the recipe says if there is one."""
+    from zoo.cli.models import run_folder
+    from zoo.runs import build, config
+
+    folder = run_folder(name, runs)
+    if recipe is not None:
+        held = config.identify(build.read_config(folder))
+        if config.identify(config.load(recipe, overrides)) != held:
+            raise ZooError(
+                f"the run {held.id!r} is not what the recipe {recipe!r} with these overrides "
+                "gives; --resume RUN alone goes on with it as it is"
+            )
+    return folder
+
+
+def _line(record: Record) -> str:
+    """What came out, in one line."""
+    if record.status != "finished":
+        return f"{record.id}: {record.status} after {record.steps} steps: {record.error or ''}"
+    keys = dict.fromkeys([record.metric["select"], record.metric["report"], *record.metrics])
+    figures = ", ".join(f"{key} {record.metrics[key]:.4g}" for key in keys)
+    return f"{record.id}: {figures} after {record.steps} steps"
+
+
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="Name or YAML file.")],
+    grid: Annotated[
+        list[str], typer.Argument(help="Axes such as attention=mha,linear seeds=3 lr=1e-3,3e-3.")
+    ],
+    jobs: Annotated[int, typer.Option(help="Runs at once.")] = 1,
+    records: Records = Path("runs/records"),
+    runs: Runs = Path("runs"),
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Train every cell of a grid that has no record yet."""
+    from zoo.runs import config
+    from zoo.runs.grid import parse_grid
+    from zoo.runs.sweep import sweep as run_all
+
+    result = run_all(
+        recipe,
+        parse_grid(grid),
+        jobs=jobs,
+        records=records,
+        runs=runs,
+        identify=config.run_id,
+        progress=not quiet,
+    )
+    console().print(result.report(), markup=False, soft_wrap=True)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+def leaderboard(
+    records: Records = Path("data/runs"),
+    output: Annotated[Path | None, typer.Option(help="The page; default leaderboard.md.")] = None,
+    show: Annotated[
+        bool, typer.Option("--print", help="Print the page; it is written only with --output.")
+    ] = False,
+) -> None:
+    """Make the leaderboard from the records alone."""
+    from zoo.runs import leaderboard as page
+    from zoo.runs.records import read_all
+
+    if show:
+        typer.echo(page.render(read_all(records, recursive=True)), nl=False)
+    if output is not None or not show:
+        path, count = page.write(records, output or Path("leaderboard.md"))
+        notes().print(f"wrote {path} from {count} records", soft_wrap=True)
+
+
+def sample(
+    run: Annotated[str, typer.Argument(help="Folder or id of a run of a language recipe.")],
+    prompt: Annotated[str, typer.Option(help="Beginning of the text.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among so many tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among tokens of together this probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Let a trained language model continue a prompt."""
+    from zoo.cli.models import continuation, run_folder
+
+    text = continuation(
+        run_folder(run, runs),
+        prompt,
+        tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    typer.echo(text)

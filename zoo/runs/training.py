@@ -1,0 +1,209 @@
+"""A training on its way: data, model and trainer, and what is known of them for the record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig, OmegaConf
+
+from zoo.datasets import DataModule
+from zoo.runs import cost, environment
+from zoo.runs.build import CHECKPOINTS, CONFIG, build_task, example
+from zoo.runs.callbacks import Bar, Clock, Keeper
+from zoo.runs.checkpoints import LAST, AtomicCheckpointIO, keeper_state
+from zoo.runs.config import data_module, identify
+from zoo.runs.records import Record, replace_text, write
+from zoo.runs.schema import accelerator
+from zoo.runs.setting import setting
+from zoo.tasks import Task
+
+_TERMINATED = 128 + 15  # what a shell reports of a process that SIGTERM ended
+
+
+@dataclass
+class Training:
+    """One run, new or resumed.
+
+    Args:
+        config: Its configuration.
+        folder: Its folder; a checkpoint in it is gone on from.
+    """
+
+    config: DictConfig
+    folder: Path
+    _data: DataModule | None = None
+    _facts: dict[str, Any] = field(default_factory=dict)
+    _main: bool = True
+
+    def __post_init__(self) -> None:
+        self.identity = identify(self.config)
+        trainer, metrics = self.config.trainer, self.config.metrics
+        self.clock = Clock()
+        self.keeper = Keeper(
+            self.folder / CHECKPOINTS,
+            config_hash=self.identity.config_hash,
+            select=metrics.select,
+            mode=metrics.mode,
+            max_steps=trainer.max_steps,
+            eval_every=trainer.eval_every,
+            checkpoint_every=trainer.checkpoint_every,
+            stop_at=trainer.stop_at,
+        )
+
+    def run(self, *, bar: bool) -> None:
+        """Train from the start or from the last checkpoint, then evaluate the best once.
+
+        Args:
+            bar: Show a progress bar.
+
+        Raises:
+            Diverged: The loss is no longer a finite number.
+            ZooError: The data, the model or the checkpoint are not what they should be.
+        """
+        device = accelerator(self.config.trainer.accelerator)
+        last = self.folder / CHECKPOINTS / LAST
+        state = keeper_state(last, self.identity.config_hash) if last.is_file() else None
+        if not (self.folder / CONFIG).is_file():
+            replace_text(self.folder / CONFIG, OmegaConf.to_yaml(self.config))
+        self._data = data = data_module(self.config)
+        data.setup()
+        with setting(self.config.seed):
+            task = build_task(self.config, data)
+            trainer = self._trainer(device, bar)
+            self._main = trainer.is_global_zero
+            self._facts["device"] = environment.device(trainer.strategy.root_device)
+            try:
+                self._fit(trainer, task, data, state)
+            finally:
+                self._measure(trainer, task, data)
+            self._test(trainer, task, data)
+
+    def _trainer(self, device: str, bar: bool) -> Trainer:
+        given = self.config.trainer
+        callbacks: list[Callback] = [self.clock, self.keeper]
+        minutes = given.max_minutes
+        return Trainer(
+            accelerator=device,
+            devices=given.devices,
+            strategy=given.strategy,
+            precision=given.precision,
+            max_steps=given.max_steps,
+            max_epochs=-1,
+            max_time=None if minutes is None else timedelta(minutes=minutes),
+            val_check_interval=given.eval_every,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            gradient_clip_val=self.config.optim.clip,
+            deterministic="warn",
+            logger=CSVLogger(self.folder, name="log"),
+            log_every_n_steps=10,
+            callbacks=[*callbacks, Bar(self.identity.id)] if bar else callbacks,
+            enable_progress_bar=bar,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # the data module shares out every batch itself
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=self.folder,
+        )
+
+    def _fit(
+        self, trainer: Trainer, task: Task, data: DataModule, state: dict[str, Any] | None
+    ) -> None:
+        root = trainer.strategy.root_device
+        if root.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(root)
+        last = None
+        if state is not None:
+            last = self.folder / CHECKPOINTS / LAST
+            data.start_step = state["step"]
+            if state["over"]:
+                self.keeper.load_state_dict(state)
+                return
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
+        except SIGTERMException:
+            raise SystemExit(_TERMINATED) from None
+        except SystemExit:  # what Lightning makes of an interrupt from the keyboard
+            raise KeyboardInterrupt from None
+
+    def _test(self, trainer: Trainer, task: Task, data: DataModule) -> None:
+        """Evaluate the checkpoint that was best on validation on every test set, once."""
+        trainer.test(
+            task,
+            datamodule=data,
+            ckpt_path=self.keeper.best_path,
+            verbose=False,
+            weights_only=True,
+        )
+        best = self.keeper.best
+        self._facts["metrics"] = {
+            **{name: best[name] for name in best if name.startswith("val/")},
+            **{name: float(value) for name, value in trainer.callback_metrics.items()},
+        }
+
+    def _measure(self, trainer: Trainer, task: Task, data: DataModule) -> None:
+        """Note what the model costs, apart from anything that is timed."""
+        root = trainer.strategy.root_device
+        self._facts["peak_memory_bytes"] = cost.peak_memory(root)
+        model = task.model.eval()
+        weight = next(model.parameters())
+        one = example(data).to(weight.device)
+        one = one.to(weight.dtype) if one.is_floating_point() else one
+        self._facts["parameters"] = cost.parameters(model)
+        self._facts["flops"] = cost.flops(model, one)
+        self._facts["state_bytes"] = cost.state_bytes(model, one)
+
+    def leave(self, records: str | Path, status: str, error: str | None) -> Record:
+        """Write the record.
+
+        Args:
+            records: Folder of the records.
+            status: finished, nan or failed.
+            error: What went wrong, in one line.
+
+        Raises:
+            ZooError: The folder cannot be written.
+        """
+        config: Any = OmegaConf.to_container(self.config, resolve=True)
+        data = self._data
+        known = data is not None and data._ready
+        cpu, wall = self.clock.median
+        facts = {"device": environment.device("cpu"), **self._facts}
+        record = Record(
+            id=self.identity.id,
+            recipe=config["name"],
+            track=config["track"],
+            group=self.identity.group,
+            config_hash=self.identity.config_hash,
+            attention=config["attention"],
+            seed=config["seed"],
+            lr=config["optim"]["lr"],
+            status=status,
+            error=error,
+            metric={name: config["metrics"][name] for name in config["metrics"]},
+            history=self.keeper.history,
+            steps=self.keeper.step,
+            examples=self.keeper.step * config["data"]["batch_size"],
+            step_time_cpu=cpu,
+            step_time_wall=wall,
+            conv=bool(config["model"].get("conv")),
+            data={
+                "name": config["data"]["name"],
+                "fingerprint": data.fingerprint if known else None,
+            },
+            versions=environment.versions(),
+            commit=environment.commit(),
+            created=datetime.now(UTC).isoformat(),
+            config=config,
+            **facts,
+        )
+        if self._main:
+            write(record, records)
+        return record
