@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from contract_subject import Build, settle
+from contract_subject import Build, largest, settle
 from contract_values import flag
 from tolerances import assert_close
 from torch import Tensor, nn
@@ -80,4 +80,4 @@ def score_size(build: Build) -> float:
     """Largest score that `check_large` makes in plain attention, to see that it is large."""
     module = build(dtype=torch.float64)
     q, k, _ = module.project(200 * build.input(2, 9), None, None)
-    return float((q @ k.transpose(-1, -2) * module.scale).abs().max())
+    return largest(q @ k.transpose(-1, -2) * module.scale)

@@ -198,8 +198,11 @@ def check_weights(build: Build) -> None:
         assert isinstance(module, Attention)
         x = build.input(2, 7)
         values: list[Tensor] = []
-        hook = module.project.register_forward_hook(lambda m, a, out: values.append(out[2]))
-        with module.capture() as passes, hook:
+
+        def remember(m: object, a: object, out: Any, values: list[Tensor] = values) -> None:
+            values.append(out[2])
+
+        with module.capture() as passes, module.project.register_forward_hook(remember):
             y, weights = module(x, need_weights=True)
         assert_close(y, module(x), "output beside the weights")
         assert weights.shape == (2, 4, 7, 7), f"weights of shape {tuple(weights.shape)}"

@@ -113,7 +113,7 @@ def test_a_name_twice_in_one_registration_raises(add: Any, aliases: tuple[str, .
 
 
 def test_unknown_kind_names_the_nearest() -> None:
-    with pytest.raises(ZooError, match="unknown kind 'normalise'.*'normalize'"):
+    with pytest.raises(ZooError, match=r"unknown kind 'normalise'.*'normalize'"):
         zoo.register("x_test", kind="normalise", taxonomy=PLAIN)
 
 
@@ -180,13 +180,13 @@ def test_filters(add: Any) -> None:
     assert found(causality="required") == ["near_test"]
     assert found(causality="unsupported", alignment="scaled_dot") == ["far_test"]
     assert zoo.info("mha").causality == "supported"
-    with pytest.raises(ZooError, match="unknown kind 'scor'.*'score'"):
+    with pytest.raises(ZooError, match=r"unknown kind 'scor'.*'score'"):
         found(kind="scor")
-    with pytest.raises(ZooError, match="unknown trait 'causl'.*'causal'"):
+    with pytest.raises(ZooError, match=r"unknown trait 'causl'.*'causal'"):
         found(traits={"causl": True})
-    with pytest.raises(ZooError, match="unknown filter 'position'.*'positions'"):
+    with pytest.raises(ZooError, match=r"unknown filter 'position'.*'positions'"):
         found(position="local")
-    with pytest.raises(ZooError, match="unknown taxonomy positions 'lokal'.*'local'"):
+    with pytest.raises(ZooError, match=r"unknown taxonomy positions 'lokal'.*'local'"):
         found(positions="lokal")
 
 

@@ -146,7 +146,7 @@ def test_a_specification_is_a_string(wrong: Any) -> None:
 
 
 def test_two_parts_for_one_socket() -> None:
-    with pytest.raises(CompatibilityError, match="'sharp_t' and 'dot' both fill .*'score'"):
+    with pytest.raises(CompatibilityError, match=r"'sharp_t' and 'dot' both fill .*'score'"):
         parse("sharp_t+dot")
     with pytest.raises(CompatibilityError, match="both fill the socket 'project'"):
         parse("mha+near_t+gqa")
@@ -160,7 +160,7 @@ def test_attend_leaves_no_room_for_its_sockets(other: str) -> None:
 
 
 def test_whole_modules_do_not_combine() -> None:
-    with pytest.raises(CompatibilityError, match="'module_t' is a mixer.*'mha'"):
+    with pytest.raises(CompatibilityError, match=r"'module_t' is a mixer.*'mha'"):
         parse("mha+module_t")
     assert [p.name for p in parse("module_t")] == ["module_t"]
 
@@ -307,9 +307,9 @@ def test_create_takes_options_beside_the_spec() -> None:
         zoo.create("near_t+norm_t", 8, 2, width=7)
     with pytest.raises(ZooError, match="'width' is given twice"):
         zoo.create("near_t(width=3)", 8, 2, width=7)
-    with pytest.raises(ZooError, match="unknown option of 'near_t' 'widht'.*'width'"):
+    with pytest.raises(ZooError, match=r"unknown option of 'near_t' 'widht'.*'width'"):
         zoo.create("near_t", 8, 2, widht=7)
-    with pytest.raises(ZooError, match="unknown option of 'near_t' 'casual'.*'causal'"):
+    with pytest.raises(ZooError, match=r"unknown option of 'near_t' 'casual'.*'causal'"):
         zoo.create("near_t", 8, 2, casual=True)
     with pytest.raises(ZooError, match="heads"):
         zoo.create("mha", 8)

@@ -226,7 +226,8 @@ class Attention(nn.Module):
     def socket_parts(self) -> list[Part]:
         """The parts in use, in the order of the sockets."""
         modules = self._modules  # several times quicker than nn.Module.__getattr__
-        return [m for kind in SOCKETS if isinstance(m := modules.get(kind), Part)]
+        found = [modules.get(kind) for kind in SOCKETS]
+        return [part for part in found if isinstance(part, Part)]
 
     @property
     def parts(self) -> engine.Parts:

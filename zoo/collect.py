@@ -32,8 +32,8 @@ def capture(model: nn.Module) -> Iterator[dict[str, list[Captured]]]:
     """Record every attention layer of a model inside the block.
 
     Yields:
-        Passes of each layer by module name. Where the layer's parent has a ``norm1`` (blocks of
-        the zoo and of timm), the norm's input is recorded as well.
+        Passes of each layer by module name. Where the block around the layer has a ``norm1``
+        (blocks of the zoo and of timm), the norm's input is recorded as well.
 
     Raises:
         ZooError: The model has no attention layer of the zoo.
@@ -44,10 +44,9 @@ def capture(model: nn.Module) -> Iterator[dict[str, list[Captured]]]:
     with ExitStack() as stack:
         found: dict[str, list[Captured]] = {}
         for name, host in hosts.items():
-            parent = model.get_submodule(name.rpartition(".")[0])
-            norm = getattr(parent, "norm1", None)
+            norm = _norm_before(model, name)
             seen: list[Tensor] = []
-            if isinstance(norm, nn.Module):
+            if norm is not None:
 
                 def remember(module: nn.Module, args: Any, seen: list[Tensor] = seen) -> None:
                     seen.append(args[0])
@@ -64,6 +63,16 @@ def capture(model: nn.Module) -> Iterator[dict[str, list[Captured]]]:
                 stack.callback(host.register_forward_hook(attach).remove)
             found[name] = stack.enter_context(host.capture())
         yield found
+
+
+def _norm_before(model: nn.Module, name: str) -> nn.Module | None:
+    """Find the ``norm1`` of the block that holds a layer, directly or inside an adapter."""
+    for _ in range(2):
+        name = name.rpartition(".")[0]
+        norm = getattr(model.get_submodule(name), "norm1", None)
+        if isinstance(norm, nn.Module):
+            return norm
+    return None
 
 
 def padding_mask(lengths: Tensor, length: int | None = None) -> Tensor:

@@ -103,7 +103,8 @@ def _run_sdpa(host: Attention, call: Call) -> Tensor:
         repeat_heads(call.v, heads),
         attn_mask=attn_mask,
         dropout_p=call.dropout,
-        is_causal=call.causal and call.q.shape[2] > 1,
+        # Not `and rows > 1`: that is no bool while a compiler treats lengths as symbols.
+        is_causal=False if call.q.shape[2] == 1 else call.causal,
         scale=call.scale,
     )
     if call.mask is not None:

@@ -23,6 +23,8 @@ from zoo.attention import Attention
 from zoo.collect import capture
 from zoo.errors import ZooError
 from zoo.factory import create
+from zoo.registry import SOCKETS
+from zoo.spec import parse
 
 # Longest sequence whose tokens are written along the axes.
 LABELLED = 32
@@ -58,12 +60,13 @@ def host_maps(
     """
     if length < 1:
         raise ZooError(f"length={length!r} must be at least 1")
+    kind = parse(spec)[0].entry.kind
+    if kind not in SOCKETS:
+        raise ZooError(f"{spec!r} is a {kind}, a whole module that forms no attention weights")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         x = torch.randn(1, length, dim)
         module = create(spec, dim=dim, heads=heads, causal=causal, max_len=length)
-    if not isinstance(module, Attention):
-        raise ZooError(f"{spec!r} is a whole module that forms no attention weights to show")
     return maps(module, x)
 
 

@@ -16,7 +16,7 @@ from zoo.position.rope import RoPE, rope_frequencies, rope_permute, rope_referen
 
 CONTRACT_OPTIONS = [
     {},
-    {"style": "interleaved", "fraction": 0.5},
+    {"style": "interleaved"},
     {"base": 50.0, "scaling": "yarn", "factor": 2.0, "original_len": 16},
 ]
 ROUTES = ("dense", "engine", "sdpa_strips", "sdpa")

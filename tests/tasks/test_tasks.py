@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning import Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from zoo.datasets import IGNORE
 from zoo.errors import ZooError
@@ -187,6 +188,7 @@ def fit(task, steps):
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,
+        max_epochs=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -194,8 +196,10 @@ def fit(task, steps):
         callbacks=[Note()],
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*many workers.*|.*LeafSpec.*|.*max_epochs.*")
-        trainer.fit(task, list(batches(steps)))
+        warnings.filterwarnings(
+            "ignore", message=".*many workers.*|.*LeafSpec.*|.*no `val_dataloader`.*"
+        )
+        trainer.fit(task, DataLoader(list(batches(steps)), batch_size=None))
     return rates, logged
 
 

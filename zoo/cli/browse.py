@@ -189,7 +189,7 @@ def info(
         "traits": _pairs(known["traits"]),
         "cost": entry.traits.cost,
         "parameters": entry.parameters,
-        "taxonomy": _pairs(known["taxonomy"]),
+        "taxonomy": _pairs({k: v for k, v in known["taxonomy"].items() if v not in (None, [])}),
         "family": f"{entry.family}, causality {entry.causality}",
         "layers": _pairs(known["layers"]),
         "notes": entry.notes,
@@ -201,8 +201,7 @@ def info(
 
 
 def _pairs(values: dict[str, Any]) -> str:
-    """Write ``name=value`` for whatever is not empty."""
-    return ", ".join(f"{k}={_cell(k, v)}" for k, v in values.items() if v not in (None, [], "", {}))
+    return ", ".join(f"{key}={'none' if v is None else _cell(key, v)}" for key, v in values.items())
 
 
 def _everything(entry: Entry) -> dict[str, Any]:

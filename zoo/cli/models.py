@@ -120,7 +120,11 @@ def continuation(
     tokens = torch.tensor([data.encode(prompt)])
     model: Any = found.task.model
     generator = torch.Generator().manual_seed(seed)
-    written = model.generate(
-        tokens, steps, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-    )
+    try:
+        written = model.generate(
+            tokens, steps, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
+    except ZooError as error:
+        sizes = f"the prompt has {tokens.shape[1]} tokens, {steps} more were asked for"
+        raise ZooError(f"{error} ({sizes})") from None
     return data.decode(written[0].tolist())

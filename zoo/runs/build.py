@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -14,7 +13,7 @@ from zoo import models
 from zoo.datasets import DataModule
 from zoo.errors import ZooError
 from zoo.runs.checkpoints import LAST, best_path, keeper_state, read_checkpoint
-from zoo.runs.config import data_module, identify, load
+from zoo.runs.config import contents, data_module, identify, load
 from zoo.tasks import Task
 from zoo.tasks import find as find_task
 
@@ -41,7 +40,7 @@ def build_task(config: DictConfig, data: DataModule) -> Task:
     Raises:
         ZooError: The model is impossible.
     """
-    options: Any = OmegaConf.to_container(config.model, resolve=True)
+    options = contents(config.model)
     name = options.pop("name")
     if data.task == "classification":
         options |= {"image_shape": data.image_shape, "num_classes": data.num_classes}  # type: ignore[attr-defined]

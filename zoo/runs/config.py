@@ -79,11 +79,20 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     try:
         for key, value in changed.items():
             OmegaConf.update(raw, key, value, merge=False)
-        plain = OmegaConf.to_container(raw, resolve=True)
+        plain = contents(raw)
     except OmegaConfBaseException as error:
         raise ZooError(f"recipe {path.name}: {_line(error)}") from None
-    assert isinstance(plain, dict)
     return _resolve(plain, path, changed)
+
+
+def contents(config: Any) -> dict[str, Any]:
+    """Return a configuration as plain dictionaries and lists.
+
+    Args:
+        config: A mapping of OmegaConf.
+    """
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return plain
 
 
 def run_id(recipe: str | Path, overrides: Sequence[str] = ()) -> str:
@@ -105,7 +114,7 @@ def identify(config: DictConfig) -> Identity:
     Args:
         config: What `load` returned.
     """
-    full: Any = OmegaConf.to_container(config, resolve=True)
+    full = contents(config)
     for key in _COMMENT:
         del full[key]
     whole = _hash(full)
@@ -178,10 +187,10 @@ def _resolve(plain: dict[str, Any], path: Path, changed: dict[str, Any]) -> Dict
     data = _data(str(plain["data"]["name"]))
     model = model_options(str(plain["model"]["name"]))
     config = OmegaConf.structured(Recipe)
-    known = [key for key, _ in _leaves(OmegaConf.to_container(config))]
+    known = [key for key, _ in _leaves(contents(config))]
     known = [key for key in known if key not in ("data", "model", "optim")]
     known += [f"optim.{key}" for key in Optim.__dataclass_fields__]
-    known += [f"data.{key}" for key in data] + [f"model.{key}" for key in model]
+    known += [f"data.{key}" for key in data] + [f"model.{key}" for key in contents(model)]
     for key, _ in _leaves(plain, known):
         if key not in known:
             origin = "override" if _given(key, changed) else f"key in recipe {path.name}"
@@ -189,9 +198,9 @@ def _resolve(plain: dict[str, Any], path: Path, changed: dict[str, Any]) -> Dict
             raise unknown(origin, key, names)
     try:
         plain["data"] = {**data, **plain["data"], "name": data["name"]}
-        plain["model"] = OmegaConf.to_container(OmegaConf.merge(model, plain["model"]))
+        plain["model"] = contents(OmegaConf.merge(model, plain["model"]))
         config = OmegaConf.merge(config, plain)
-        for key, value in _leaves(OmegaConf.to_container(config)):
+        for key, value in _leaves(contents(config)):
             if value == "???":
                 raise ZooError(f"recipe {path.name}: {key} is missing; it has no default")
     except OmegaConfBaseException as error:
@@ -230,7 +239,7 @@ def _data(name: str) -> dict[str, Any]:
         if name not in datasets.list():
             raise unknown("data set", name, [*files, *datasets.list()])
         return {"name": name, **data_defaults(name)}
-    content: Any = OmegaConf.to_container(_read(files[name]), resolve=True)
+    content = contents(_read(files[name]))
     options = data_defaults(content["name"])
     for key in content.get("options") or {}:
         if key not in options:
@@ -247,7 +256,7 @@ def data_module(config: DictConfig) -> datasets.DataModule:
     Raises:
         ZooError: An option is impossible.
     """
-    options: Any = OmegaConf.to_container(config.data, resolve=True)
+    options = contents(config.data)
     return datasets.create(options.pop("name"), seed=config.seed, **options)
 
 

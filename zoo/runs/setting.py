@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning import seed_everything
@@ -41,7 +42,8 @@ def setting(seed: int) -> Iterator[None]:
     variables = {name: os.environ.get(name) for name in _VARIABLES}
     kernels = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
     benchmark = torch.backends.cudnn.benchmark
     threads = threading.current_thread() is threading.main_thread()
     interrupt = signal.getsignal(signal.SIGINT)
@@ -52,7 +54,7 @@ def setting(seed: int) -> Iterator[None]:
             for logger in loggers:
                 logger.setLevel(logging.WARNING)
             # Filling fresh memory makes bugs repeatable, at a price; no part may read it anyway.
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            memory.fill_uninitialized_memory = False
             seed_everything(seed, workers=True, verbose=False)
             yield
     finally:
@@ -64,7 +66,7 @@ def setting(seed: int) -> Iterator[None]:
             else:
                 os.environ[name] = value
         torch.use_deterministic_algorithms(kernels, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
         torch.backends.cudnn.benchmark = benchmark
         if threads and interrupt is not None:
             signal.signal(signal.SIGINT, interrupt)  # Lightning ignores it after the first one

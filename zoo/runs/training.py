@@ -19,7 +19,7 @@ from zoo.runs import cost, environment
 from zoo.runs.build import CHECKPOINTS, CONFIG, build_task, example
 from zoo.runs.callbacks import Bar, Clock, Keeper
 from zoo.runs.checkpoints import LAST, AtomicCheckpointIO, keeper_state
-from zoo.runs.config import data_module, identify
+from zoo.runs.config import contents, data_module, identify
 from zoo.runs.records import Record, replace_text, write
 from zoo.runs.schema import accelerator
 from zoo.runs.setting import setting
@@ -73,8 +73,9 @@ class Training:
         state = keeper_state(last, self.identity.config_hash) if last.is_file() else None
         if not (self.folder / CONFIG).is_file():
             replace_text(self.folder / CONFIG, OmegaConf.to_yaml(self.config))
-        self._data = data = data_module(self.config)
+        data = data_module(self.config)
         data.setup()
+        self._data = data
         with setting(self.config.seed):
             task = build_task(self.config, data)
             trainer = self._trainer(device, bar)
@@ -171,9 +172,8 @@ class Training:
         Raises:
             ZooError: The folder cannot be written.
         """
-        config: Any = OmegaConf.to_container(self.config, resolve=True)
-        data = self._data
-        known = data is not None and data._ready
+        config = contents(self.config)
+        fingerprint = None if self._data is None else self._data.fingerprint
         cpu, wall = self.clock.median
         facts = {"device": environment.device("cpu"), **self._facts}
         record = Record(
@@ -187,17 +187,14 @@ class Training:
             lr=config["optim"]["lr"],
             status=status,
             error=error,
-            metric={name: config["metrics"][name] for name in config["metrics"]},
+            metric=config["metrics"],
             history=self.keeper.history,
             steps=self.keeper.step,
             examples=self.keeper.step * config["data"]["batch_size"],
             step_time_cpu=cpu,
             step_time_wall=wall,
             conv=bool(config["model"].get("conv")),
-            data={
-                "name": config["data"]["name"],
-                "fingerprint": data.fingerprint if known else None,
-            },
+            data={"name": config["data"]["name"], "fingerprint": fingerprint},
             versions=environment.versions(),
             commit=environment.commit(),
             created=datetime.now(UTC).isoformat(),

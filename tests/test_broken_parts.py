@@ -1,0 +1,162 @@
+"""The contracts can fail: each meets parts that break it, and sound parts that do not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import broken_parts as broken
+import pytest
+import torch
+from contract import CONTRACTS, owed
+from contract_numerics import score_size
+from contract_subject import Build
+from torch.autograd.gradcheck import GradcheckError
+
+import zoo
+from zoo.registry import Paper, Taxonomy, Traits, unregister
+
+PLAIN = Taxonomy(
+    sequences="self",
+    levels="single",
+    positions="global",
+    representations="single",
+    alignment="scaled_dot",
+    distribution="inherited",
+    complexity="quadratic",
+)
+SOFTMAX = replace(PLAIN, distribution="softmax")
+TRAINED = replace(PLAIN, trainable_params=True)
+FIXED = Traits(equivariant=False)
+
+
+@contextmanager
+def registered(cls: type, options: str = "", **facts: Any) -> Iterator[Build]:
+    """Put a class into the registry for the length of a block."""
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+    settings = {
+        "kind": cls.kind,  # type: ignore[attr-defined]
+        "taxonomy": PLAIN,
+        "traits": getattr(cls, "traits", Traits()),
+        "paper": Paper("Parts that are wrong on purpose", 2026),
+        **facts,
+    }
+    zoo.register(name, **settings)(cls)
+    try:
+        yield Build(name + options)
+    finally:
+        unregister(name)
+
+
+SOUND = [
+    (broken.SoundScore, {"taxonomy": TRAINED, "parameters": "score_heads"}),
+    (broken.SoundFeature, {"taxonomy": TRAINED, "parameters": "64"}),
+]
+
+
+@pytest.mark.parametrize(("cls", "facts"), SOUND, ids=[c.__name__ for c, _ in SOUND])
+def test_sound_parts_keep_every_contract(cls: type, facts: dict[str, Any]) -> None:
+    with registered(cls, **facts) as build:
+        names = owed(build)
+        for name in names:
+            CONTRACTS[name].check(build)
+    kept = {"shape", "gradients", "batch", "gradcheck", "half", "large", "compile", "state_dict"}
+    kept |= {"copy", "device", "seed", "parameters", "documented", "tested"}
+    if cls is broken.SoundFeature:
+        assert set(names) == kept
+    else:
+        assert set(names) == set(CONTRACTS)
+
+
+WINDOW = "(window=4)"
+BROKEN: list[tuple[type, str, str, dict[str, Any]]] = [
+    (broken.SoundScore, "documented", "no paper", {"paper": None}),
+    (broken.Undocumented, "documented", "option 'power' undocumented", {}),
+    (broken.Untested, "tested", "missing: tests/score/test_untested.py", {}),
+    (broken.NoDefault, "options", r"without a default: \['sharpness'\]", {}),
+    (broken.ManyArguments, "options", "args", {}),
+    (broken.AcceptsAnything, "refusals", "DID NOT RAISE", {}),
+    (broken.Idle, "bites", "equals plain attention", {}),
+    (broken.WrongType, "shape", "type torch.float64 for torch.float32", {}),
+    (broken.InPlace, "shape", "changed in place", {}),
+    (broken.ShrinkingFeature, "shape", "output of shape", {}),
+    (broken.DeadParameter, "gradients", "score.unused gets no gradient", {}),
+    (broken.ZeroedParameter, "gradients", "gradient of score.unused is zero", {}),
+    (broken.MixesBatch, "batch", "sample 0 alone", {}),
+    (broken.MixingFeature, "batch", "sample 0 alone", {}),
+    (broken.WrongGradient, "gradcheck", "Jacobian mismatch", {}),
+    (broken.HalfPrecisionSum, "half", "bfloat16", {}),
+    (broken.WrongType, "half", "output of type torch.float64", {}),
+    (broken.Overflows, "large", "not finite", {}),
+    (broken.BreaksGraph, "compile", "", {}),
+    (broken.Forgetful, "state_dict", "after load_state_dict differ", {}),
+    (broken.NotPicklable, "copy", "pickle|lambda", {}),
+    (broken.AlwaysCpu, "device", "is on cpu, not on meta", {}),
+    (broken.Noisy, "seed", "differs under one seed", {}),
+    (broken.NoisyFeature, "seed", "differs under one seed", {}),
+    (broken.IgnoresDropout, "seed", "dropout=0.4 does nothing", {}),
+    (broken.SoundScore, "parameters", "4 parameters, '3'", {"parameters": "3"}),
+    (
+        broken.SoundScore,
+        "parameters",
+        "trainable_params=False, but 4",
+        {"parameters": "score_heads"},
+    ),
+    (broken.Leaks, "causal", "d y_0 / d x_j", {}),
+    (broken.LeaksByValue, "causal", "new future", {}),
+    (broken.SeesHiddenKeys, "causal", "d y_0 / d x_j", {}),
+    (broken.AlwaysCausal, "bidirectional", "does not see the second token", {}),
+    (broken.PrefersEven, "equivariance", "permuted", {}),
+    (broken.IgnoresPositions, "positions", r"positions of shape \(2, 9\)", {}),
+    (broken.IgnoresMask, "padding", "padded against not padded", {}),
+    (broken.SeesHiddenKeys, "padding", "padded against not padded", {}),
+    (broken.IgnoresMask, "pairs", "sees a hidden key", {}),
+    (broken.NanOnEmptyRows, "empty_rows", "not finite", {}),
+    (broken.CountsFromZero, "decode", "decoded in pieces", {}),
+    (broken.KeepsTooLittle, "decode", "decoded in pieces", {"options": WINDOW, "traits": FIXED}),
+    (broken.ForgetsMaskInOneRow, "decode_mask", "padding in front", {}),
+    (broken.KeepsTooMuch, "cache", "held", {"options": WINDOW, "traits": FIXED}),
+    (
+        broken.GrowingState,
+        "cache",
+        "bytes of a recurrent state grow",
+        {"taxonomy": replace(PLAIN, complexity="linear")},
+    ),
+    (broken.ModuloHeads, "grouped", "keys tiled to 4", {}),
+    (broken.SeesHiddenContext, "cross", "new hidden context", {}),
+    (broken.IgnoresBias, "bias", "the bias has no influence", {}),
+    (broken.FalseWeights, "weights", "against weights times values", {}),
+    (broken.Unnormalised, "distribution", "sum of a row's weights", {"taxonomy": SOFTMAX}),
+    (broken.DependsOnStrip, "strips", "route engine", {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("cls", "contract", "message", "facts"),
+    BROKEN,
+    ids=[f"{cls.__name__}-{contract}" for cls, contract, *_ in BROKEN],
+)
+def test_broken_parts_are_caught(
+    cls: type, contract: str, message: str, facts: dict[str, Any]
+) -> None:
+    errors: tuple[type[BaseException], ...] = (AssertionError, pytest.fail.Exception)
+    errors += {
+        "gradcheck": (GradcheckError,),
+        "compile": (torch._dynamo.exc.Unsupported,),
+        "copy": (AttributeError,),
+    }.get(contract, ())
+    with registered(cls, **facts) as build:
+        assert contract in owed(build), f"{contract} is not due for {cls.__name__}"
+        with pytest.raises(errors, match=message):
+            CONTRACTS[contract].check(build)
+
+
+def test_every_contract_meets_a_part_that_breaks_it() -> None:
+    assert {contract for _, contract, *_ in BROKEN} == set(CONTRACTS)
+
+
+def test_a_check_is_not_content_with_tiny_scores() -> None:
+    assert score_size(Build("mha")) > 1e4
