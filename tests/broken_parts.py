@@ -48,7 +48,7 @@ class Untested(SoundScore):
 
 
 class Undocumented(SoundScore):
-    """Says nothing of its option."""
+    """Says nothing of its option (made up in 2026)."""
 
     def __init__(self, layout: Layout, start: float = 1.0, power: float = 1.0) -> None:
         super().__init__(layout, start)
@@ -191,11 +191,12 @@ class AlwaysCpu(Combine):
 
 
 class NanOnEmptyRows(Normalize):
-    """The textbook softmax over minus infinity."""
+    """Divides nothing by nothing where all keys are hidden."""
 
     def forward(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-        return scores.softmax(-1)
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        weights = weights if mask is None else weights * mask
+        return weights / weights.sum(-1, keepdim=True)
 
 
 class IgnoresMask(Normalize):
@@ -273,11 +274,11 @@ class KeepsTooMuch(SlidingWindow):
 
 
 class KeepsTooLittle(SlidingWindow):
-    """A window whose cache is one token short."""
+    """A window whose cache is a token short."""
 
     def window(self) -> int | None:
         known = super().window()
-        return None if known is None else known - 1
+        return None if known is None else known - 2
 
 
 class Leaks(Attend):

@@ -89,6 +89,9 @@ def check_cache_size(build: Build, module: nn.Module) -> None:
             assert len(set(held[1:])) == 1, f"bytes of a recurrent state grow: {held}"
         return
     window = module.select.window()
+    for entry in build.entries:
+        if entry.kind == "select" and entry.taxonomy.complexity == "linear":
+            assert window is not None, f"{entry.name!r} is linear, but its cache holds everything"
     for seen, cache in enumerate(sizes, 1):
         keys = cache.get("k")
         assert keys is not None

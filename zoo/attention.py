@@ -55,6 +55,28 @@ class Captured:
     norm_input: Tensor | None = None
 
 
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """Refuse sizes that no layer can have."""
+    for name, least in (("dim", 1), ("heads", 1), ("head_dim", 1), ("max_len", 1), ("depth", 0)):
+        value = facts[name]
+        if value is None and name in ("head_dim", "max_len"):
+            continue
+        if type(value) is not int or value < least:
+            raise ZooError(f"{name}={value!r} must be a whole number of at least {least}")
+    if not isinstance(facts["dropout"], int | float) or not 0.0 <= facts["dropout"] < 1.0:
+        raise ZooError(f"dropout={facts['dropout']!r} must lie in [0, 1)")
+
+
+def _check_positions(positions: Tensor, name: str, samples: int, length: int) -> None:
+    if positions.dtype != torch.int64:
+        raise ZooError(f"{name} has dtype {positions.dtype}; allowed: torch.int64")
+    if tuple(positions.shape) not in ((length,), (samples, length)):
+        raise ZooError(
+            f"{name} of shape {tuple(positions.shape)} does not fit; allowed: ({length},) or "
+            f"({samples}, {length})"
+        )
+
+
 class Attention(nn.Module):
     """Multi-head attention put together from parts.
 
@@ -101,9 +123,21 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("heads", heads)):
-            if not isinstance(value, int) or value < 1:
-                raise ZooError(f"{name}={value!r} must be a whole number of at least 1")
+        facts: dict[str, Any] = {
+            "dim": dim,
+            "heads": heads,
+            "head_dim": head_dim,
+            "max_len": max_len,
+            "depth": depth,
+            "causal": causal,
+            "bias": bias,
+            "dropout": dropout,
+            "device": device,
+            "dtype": dtype,
+        }
+        _check_facts(facts)
+        if scale is not None and not isinstance(scale, int | float):
+            raise ZooError(f"scale={scale!r} must be a number, or None for 1 / sqrt(width)")
         if head_dim is None:
             if dim % heads:
                 near = [h for h in range(1, dim + 1) if dim % h == 0]
@@ -113,34 +147,20 @@ class Attention(nn.Module):
                     "or give head_dim"
                 )
             head_dim = dim // heads
-        elif not isinstance(head_dim, int) or head_dim < 1:
-            raise ZooError(f"head_dim={head_dim!r} must be a whole number of at least 1")
-        if not 0.0 <= dropout < 1.0:
-            raise ZooError(f"dropout={dropout!r} must lie in [0, 1)")
         self.dim, self.heads, self.head_dim = dim, heads, head_dim
-        self.causal, self.dropout, self.route = causal, dropout, route
+        self.causal, self.dropout = causal, dropout
         self.spec = canonical(spec)
         filled = sockets(parse(spec))
         self._check_traits(filled, causal)
 
         project = filled.get("project", PartSpec(DEFAULTS["project"]))
         kv_heads = project.options.get("kv_heads", kv_heads)
+        if kv_heads is not None and type(kv_heads) is not int:
+            raise ZooError(f"kv_heads={kv_heads!r} must be a whole number that divides heads")
         self.kv_heads = project.entry.cls.choose_kv_heads(heads, kv_heads)  # type: ignore[attr-defined]
         if not 1 <= self.kv_heads <= heads or heads % self.kv_heads:
             raise ZooError(f"kv_heads={self.kv_heads!r} must divide heads={heads}")
-        facts: dict[str, Any] = {
-            "dim": dim,
-            "heads": heads,
-            "kv_heads": self.kv_heads,
-            "head_dim": head_dim,
-            "causal": causal,
-            "bias": bias,
-            "dropout": dropout,
-            "max_len": max_len,
-            "depth": depth,
-            "device": device,
-            "dtype": dtype,
-        }
+        facts |= {"head_dim": head_dim, "kv_heads": self.kv_heads}
         facts["layout"] = Layout(heads, heads, self.kv_heads, self.kv_heads, head_dim, head_dim)
         if self.kv_heads < heads:
             for given in filled.values():
@@ -174,6 +194,7 @@ class Attention(nn.Module):
         self.head_gate: Tensor | None = None
         self._recorder: list[Captured] | None = None
         self._check_pairs(filled)
+        self.route = route
 
     # The sockets; `attend` excludes score, select and normalize.
     project: Project
@@ -223,6 +244,18 @@ class Attention(nn.Module):
         costs = {t.cost for t in found} - {Traits().cost}
         return Traits(**values, cost=" + ".join(sorted(costs)) or Traits().cost)
 
+    @property
+    def route(self) -> str:
+        """Route to take: "auto" or a name."""
+        return self._route
+
+    @route.setter
+    def route(self, name: str) -> None:
+        allowed = routes.names(self)
+        if name not in allowed:
+            raise unknown("route", name, allowed)
+        self._route = name
+
     def socket_parts(self) -> list[Part]:
         """The parts in use, in the order of the sockets."""
         modules = self._modules  # several times quicker than nn.Module.__getattr__
@@ -232,7 +265,9 @@ class Attention(nn.Module):
     @property
     def parts(self) -> engine.Parts:
         """The four parts that the strip engine runs."""
-        return engine.Parts(self.score, self.select, self.normalize, self.position)
+        return engine.Parts(
+            self.score, self.select, self.normalize, self.position, self.layout.heads
+        )
 
     def forward(
         self,
@@ -345,16 +380,22 @@ class Attention(nn.Module):
         start = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(start, start + length, device=x.device)
+        else:
+            _check_positions(positions, "positions", len(x), length)
         position = self.position
         cached = cache.get("cross_k") if cache is not None and context is not None else None
         if position.embeds:
             x = position.embed(x, positions)
         if context is None:
+            if context_positions is not None:
+                raise ZooError("context_positions are given, but there is no context")
             new_pos, k_start = positions, start
         else:
             keys = context.shape[1]
             if context_positions is None:
                 context_positions = torch.arange(keys, device=x.device)
+            else:
+                _check_positions(context_positions, "context_positions", len(x), keys)
             new_pos, k_start = context_positions, 0
             if position.embeds and cached is None:
                 context = position.embed(context, context_positions)

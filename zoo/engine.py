@@ -26,12 +26,21 @@ MIN_ROWS = 16
 
 @dataclass
 class Parts:
-    """The parts that the engine runs."""
+    """The parts that the engine runs.
+
+    Args:
+        score: Compares.
+        select: Hides.
+        normalize: Weighs.
+        position: Biases the scores.
+        heads: Heads that come out of the normalizer; None for as many as the scores have.
+    """
 
     score: Score
     select: Select
     normalize: Normalize
     position: Position
+    heads: int | None = None
 
 
 def strips(call: Call, select: Select, whole: bool = False) -> Iterator[Strip]:
@@ -51,7 +60,7 @@ def strips(call: Call, select: Select, whole: bool = False) -> Iterator[Strip]:
         budget = STRIP_BYTES.get(device, STRIP_BYTES["cuda"])
         rows = min(length, max(MIN_ROWS, budget // (samples * row)))
         batch = min(samples, max(1, budget // (rows * row)))
-    for b in range(0, samples, max(1, batch)):
+    for b in range(0, max(1, samples), max(1, batch)):
         lot = slice(b, min(b + batch, samples))
         # One split: its backward is one concatenation, where a slice a strip would cost as many
         # full-size gradients.
@@ -120,8 +129,9 @@ def run_strip(parts: Parts, strip: Strip, fused: bool) -> Tensor:
         fused: Let scaled_dot_product_attention do a dot-product softmax strip.
     """
     if strip.keys.start == strip.keys.stop:
-        shape = (strip.q.shape[0], strip.q.shape[1], strip.q.shape[2], strip.v.shape[3])
-        return strip.v.new_zeros(shape) + 0.0 * (strip.q.sum() + strip.v.sum())
+        # An empty sum is a zero that still hangs on q, so that gradients find their way.
+        nothing = strip.q[:, : parts.heads, :, :0].sum(-1, keepdim=True)
+        return nothing.to(strip.v.dtype).expand(-1, -1, -1, strip.v.shape[3])
     strip = replace(strip, mask=strip_mask(strip, parts.select))
     if fused:
         return fused_strip(parts.position, strip)

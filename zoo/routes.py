@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo import engine
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 from zoo.parts import Call, Part, repeat_heads
 
 if TYPE_CHECKING:
@@ -137,22 +137,27 @@ def candidates(host: Attention) -> list[Route]:
     return [*(route for part in parts for route in part.routes()), SDPA, SDPA_STRIPS, ENGINE]
 
 
+def names(host: Attention) -> list[str]:
+    """Names that the host's `route` may have."""
+    if host.attend is not None:
+        return ["auto", host.part_names["attend"]]
+    return ["auto", *(route.name for route in candidates(host)), DENSE.name]
+
+
 def choose(host: Attention, call: Call) -> Route:
     """First route that takes the pass, or the one that the host was told to take.
 
     Raises:
-        ZooError: The route asked for by name is unknown or cannot take the pass.
+        ZooError: The route asked for by name cannot take the pass.
     """
     routes = candidates(host)
     if host.route == "auto":
         return next(route for route in routes if route.refuse(host, call) is None)
-    for route in [*routes, DENSE]:
-        if route.name == host.route:
-            reason = route.refuse(host, call)
-            if reason:
-                raise ZooError(f"route={host.route!r} cannot take this pass: {reason}")
-            return route
-    raise unknown("route", host.route, ["auto", DENSE.name, *(r.name for r in routes)])
+    route = next(route for route in [*routes, DENSE] if route.name == host.route)
+    reason = route.refuse(host, call)
+    if reason:
+        raise ZooError(f"route={host.route!r} cannot take this pass: {reason}")
+    return route
 
 
 def explain(host: Attention, call: Call) -> Explanation:

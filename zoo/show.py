@@ -121,7 +121,7 @@ def draw(
     columns = max(len(heads) for heads in layers.values())
     size = max(1.5, min(3.2, 16 / columns))
     figure = Figure(
-        figsize=(max(5.0, size * columns + 1.6), size * len(layers) + 0.9), layout="constrained"
+        figsize=(max(5.0, size * columns + 1.6), max(2.6, size * len(layers) + 0.9)), layout="constrained"
     )
     axes = figure.subplots(len(layers), columns, squeeze=False)
     every = torch.cat([heads.flatten() for heads in layers.values()])
@@ -176,9 +176,15 @@ def _ticks(axis: Axes, labels: Sequence[str] | None, bottom: bool, left: bool) -
             line.set_major_locator(MaxNLocator(5, integer=True))
     else:
         places = range(len(labels))
-        axis.set_xticks(places, labels, family="monospace")
+        turned = 90 if max(map(len, labels)) > 1 else 0
+        axis.set_xticks(places, labels, family="monospace", rotation=turned)
         axis.set_yticks(places, labels, family="monospace")
-    axis.tick_params(labelsize=7, length=2, labelbottom=bottom, labelleft=left)
+    axis.tick_params(
+        labelsize=7 if labels is None else 6,
+        length=2 if labels is None else 0,
+        labelbottom=bottom,
+        labelleft=left,
+    )
 
 
 def visible(token: str) -> str:

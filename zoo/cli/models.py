@@ -65,7 +65,7 @@ def attention_maps(
             found = Restored(config, data, build_task(config, data), 0)
         held, state = config.attention, "untrained"
     tokens, inputs = _example(found.data, length)
-    title = f"{held}, {found.config.name}, {state}, first validation example"
+    title = f"{held} on {found.config.name}, {state}, first validation example"
     return maps(found.task.model, inputs), tokens, title
 
 

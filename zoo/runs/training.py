@@ -71,6 +71,8 @@ class Training:
         device = accelerator(self.config.trainer.accelerator)
         last = self.folder / CHECKPOINTS / LAST
         state = keeper_state(last, self.identity.config_hash) if last.is_file() else None
+        for draft in last.parent.glob(".*.tmp"):  # what a kill left of a checkpoint
+            draft.unlink()
         if not (self.folder / CONFIG).is_file():
             replace_text(self.folder / CONFIG, OmegaConf.to_yaml(self.config))
         data = data_module(self.config)
