@@ -33,6 +33,7 @@ pytest.register_assert_rewrite(
     "contract",
     "contract_decode",
     "contract_mask",
+    "contract_memory",
     "contract_numerics",
     "contract_promises",
     "contract_state",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from contract_decode import check_cache, check_decode, check_decode_mask
 from contract_mask import check_empty_rows, check_padding, check_pairs
+from contract_memory import check_memory
 from contract_numerics import check_compile, check_gradcheck, check_half, check_large
 from contract_promises import (
     check_bites,
@@ -74,6 +75,10 @@ def _softmax(build: Build) -> bool:
     return all(entry.taxonomy.distribution == "softmax" for entry in makers)
 
 
+def _linear(build: Build) -> bool:
+    return _tokens(build) and build.entry.taxonomy.complexity == "linear"
+
+
 def _decodes(build: Build) -> bool:
     return _tokens(build) and build.traits.decode and build.traits.causal
 
@@ -120,6 +125,7 @@ CONTRACTS = {
         check_distribution, lambda b: b.is_host and b.traits.weights and _softmax(b)
     ),
     "strips": Contract(check_strips, _strips),
+    "memory": Contract(check_memory, lambda b: _strips(b) or _linear(b)),
 }
 
 # What parts must still keep when several non-default ones share a host.

@@ -409,9 +409,10 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q)
             k = k if cached is not None else self.k_norm(k)
-        if position.rotates:
-            rotated = position.rotate(q, k, positions, new_pos)
-            q, k = rotated[0], (k if cached is not None else rotated[1])
+        if position.rotates and cached is None:
+            q, k = position.rotate(q, k, positions, new_pos)
+        elif position.rotates:
+            q, _ = position.rotate(q, k[:, :, :0], positions, new_pos[..., :0])
         if cache is not None and self.attend is None:
             if context is None:
                 k, v, new_pos, k_start = self._remember(cache, k, v, new_pos)

@@ -44,7 +44,9 @@ def test_table_starts_normal_and_init_weights_draws_it_again():
 
 def test_table_on_meta_loads_its_state():
     plain = Learned(6, max_len=10)
-    moved = Learned(6, max_len=10, device="meta").to_empty(device="cpu")
+    moved = Learned(6, max_len=10, device="meta")
+    assert moved.embed(torch.randn(1, 4, 6, device="meta"), torch.arange(4, device="meta")).is_meta
+    moved = moved.to_empty(device="cpu")
     moved.load_state_dict(plain.state_dict())
     x = torch.randn(1, 10, 6)
     assert torch.equal(moved.embed(x, torch.arange(10)), plain.embed(x, torch.arange(10)))

@@ -215,6 +215,13 @@ def test_parameters_start_normal_and_init_weights_draws_them_again():
         attn.init_weights()
 
 
+def test_runs_on_meta():
+    attn = zoo.create("transformer_xl", 16, 4, device="meta")
+    out = attn(torch.randn(2, 9, 16, device="meta"))
+    assert out.is_meta
+    assert out.shape == (2, 9, 16)
+
+
 def test_odd_dim_is_refused():
     with pytest.raises(ZooError, match=r"dim=9 is odd.*nearest allowed: 8 or 10"):
         zoo.create("transformer_xl", 9, 3)

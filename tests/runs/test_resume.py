@@ -89,6 +89,7 @@ def test_a_killed_run_ends_with_the_same_figures_and_weights(kill, killed, whole
     assert resumed_name == name
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert resumed.step_time_cpu > 0
     assert not list(runs.glob("*/checkpoints/.*.tmp"))
 
 

@@ -146,10 +146,10 @@ def rope_permute(weight: Tensor, heads: int, to: str = "half", fraction: float =
         )
     size = weight.shape[0] // heads
     width = _rotated_width(size, fraction)
-    order = torch.arange(width, device=weight.device)
-    # Half to interleaved: channel 2m comes from m, 2m + 1 from m + R/2; the other way back.
-    order = order.view(-1, 2).t().flatten() if to == "half" else order.view(2, -1).t().flatten()
-    order = torch.cat((order, torch.arange(width, size, device=weight.device)))
+    channels = torch.arange(size, device=weight.device)
+    # To half: first all 2m, then all 2m + 1. To interleaved: m and m + R/2 in turn.
+    pairs = channels[:width].view((-1, 2) if to == "half" else (2, -1))
+    order = torch.cat((pairs.t().flatten(), channels[width:]))
     return weight.unflatten(0, (heads, size))[:, order].flatten(0, 1)
 
 
@@ -239,14 +239,11 @@ class RoPE(Position):
                 f"factor={factor!r} of 'rope' has no effect with scaling='none'; "
                 "allowed with scaling: linear, ntk, yarn"
             )
-        if (scaling == "yarn") != (length is not None):
+        fits = isinstance(length, int) and length > 0 if scaling == "yarn" else length is None
+        if not fits:
             raise ZooError(
-                f"original_len={length!r} of 'rope' does not go with scaling={scaling!r}: "
-                "yarn needs the longest sequence of training, the others do not use it"
-            )
-        if length is not None and (not isinstance(length, int) or length < 1):
-            raise ZooError(
-                f"original_len={length!r} of 'rope' must be a whole number of at least 1"
+                f"original_len={length!r} of 'rope' does not go with scaling={scaling!r}: yarn "
+                "needs the length of training, a number above 0, and the others do not use it"
             )
         if scaling == "ntk" and self.axis_width < 4:
             raise ZooError(
@@ -292,10 +289,6 @@ class RoPE(Position):
             temperature = 0.1 * math.log(self.factor) + 1
             cos, sin = cos * temperature, sin * temperature
         return (cos, sin) if positions.ndim == 1 else (cos[:, None], sin[:, None])
-
-    def extra_repr(self) -> str:
-        """What turns, and how."""
-        return f"base={self.base}, style={self.style!r}, width={self.width}, grid={self.grid}"
 
 
 def _check_grid(grid: tuple[int, int] | None, prefix: int) -> tuple[tuple[int, int] | None, int]:

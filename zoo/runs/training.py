@@ -18,7 +18,7 @@ from zoo.datasets import DataModule
 from zoo.runs import cost, environment
 from zoo.runs.build import CHECKPOINTS, CONFIG, build_task, example
 from zoo.runs.callbacks import Bar, Clock, Keeper
-from zoo.runs.checkpoints import LAST, AtomicCheckpointIO, keeper_state
+from zoo.runs.checkpoints import LAST, AtomicCheckpointIO, keeper_state, read_checkpoint
 from zoo.runs.config import contents, data_module, identify
 from zoo.runs.records import Record, replace_text, write
 from zoo.runs.schema import accelerator
@@ -128,6 +128,7 @@ class Training:
             data.start_step = state["step"]
             if state["over"]:
                 self.keeper.load_state_dict(state)
+                self.clock.load_state_dict(read_checkpoint(last)["callbacks"][self.clock.state_key])
                 return
         try:
             trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
