@@ -1,4 +1,4 @@
-"""Parts and modules that are wrong on purpose, one promise each, and sound ones beside them."""
+"""Parts that are wrong on purpose, one promise each, and a sound one beside them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import itertools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.cache import LayerCache
-from zoo.parts import Attend, Call, Combine, Layout, Normalize, Position, Score, Select, Strip
+from zoo.parts import Call, Combine, Layout, Normalize, Position, Score, Select, Strip
 from zoo.registry import Traits
 from zoo.select.sliding_window import SlidingWindow
 
@@ -52,6 +50,17 @@ class Undocumented(SoundScore):
 
     def __init__(self, layout: Layout, start: float = 1.0, power: float = 1.0) -> None:
         super().__init__(layout, start)
+
+
+class HoldsAllPairs(Score):
+    """Makes the scores of all pairs once, before the strips."""
+
+    def prepare(self, call: Call) -> dict[str, Tensor]:
+        keys = call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
+        return {"all": call.q @ keys.transpose(-1, -2) * call.scale}
+
+    def forward(self, strip: Strip) -> Tensor:
+        return strip.prepared("score")["all"][strip.batch, :, strip.rows, strip.keys]
 
 
 class MixesBatch(Score):
@@ -281,94 +290,6 @@ class KeepsTooLittle(SlidingWindow):
         return None if known is None else known - 2
 
 
-class Leaks(Attend):
-    """Accepts causal=True and ignores it."""
-
-    traits = Traits(mask="none", bias=False, decode=False, weights=False, cross=False)
-
-    def forward(self, call: Call) -> Tensor:
-        heads = call.q.shape[1]
-        k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (call.k, call.v))
-        return F.scaled_dot_product_attention(call.q, k, v)
-
-
-class LeaksByValue(Attend):
-    """Hides its leak from the gradient: a factor from the future, detached."""
-
-    traits = Traits(mask="none", bias=False, decode=False, weights=False, cross=False)
-
-    def forward(self, call: Call) -> Tensor:
-        heads = call.q.shape[1]
-        k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (call.k, call.v))
-        y = F.scaled_dot_product_attention(call.q, k, v, is_causal=call.causal)
-        return y * call.k.detach().mean()
-
-
-class AlwaysCausal(Attend):
-    """Accepts causal=False and stays causal."""
-
-    traits = Traits(mask="none", bias=False, decode=False, weights=False, cross=False)
-
-    def forward(self, call: Call) -> Tensor:
-        heads = call.q.shape[1]
-        k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (call.k, call.v))
-        return F.scaled_dot_product_attention(call.q, k, v, is_causal=True)
-
-
-class FalseWeights(Attend):
-    """Shows weights that it did not use."""
-
-    traits = Traits(mask="none", bias=False, decode=False, cross=False)
-
-    def forward(self, call: Call) -> Tensor:
-        heads = call.q.shape[1]
-        k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (call.k, call.v))
-        return F.scaled_dot_product_attention(call.q, k, v, is_causal=call.causal)
-
-    def weights(self, call: Call) -> Tensor:
-        return torch.ones_like(call.q @ call.k.transpose(-1, -2)).tril()
-
-
-class IgnoresDropout(FalseWeights):
-    """Never drops a weight, whatever the host asks."""
-
-
-class ModuloHeads(Attend):
-    """Gives query head h the key head h mod G."""
-
-    traits = Traits(mask="none", bias=False, decode=False, weights=False, cross=False)
-
-    def forward(self, call: Call) -> Tensor:
-        times = call.q.shape[1] // call.k.shape[1]
-        k, v = (t.repeat(1, times, 1, 1) for t in (call.k, call.v))
-        return F.scaled_dot_product_attention(call.q, k, v, is_causal=call.causal)
-
-
-class GrowingState(Attend):
-    """A running mean that keeps all values, though it is of linear cost."""
-
-    traits = Traits(mask="none", bias=False, weights=False, cross=False, bidirectional=False)
-
-    def forward(self, call: Call) -> Tensor:
-        v = call.v if call.cache is None else call.cache.extend("v", call.v)
-        count = torch.arange(1, v.shape[2] + 1, dtype=v.dtype)[:, None]
-        mean = v.cumsum(2) / count
-        mean = mean[:, :, -call.q.shape[2] :]
-        return mean.repeat_interleave(call.q.shape[1] // v.shape[1], 1) + 0 * call.q
-
-
-class SeesHiddenContext(Attend):
-    """Adds the mean of the whole context to what it attends to."""
-
-    traits = Traits(mask="keys", bias=False, decode=False, weights=False)
-
-    def forward(self, call: Call) -> Tensor:
-        heads = call.q.shape[1]
-        k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (call.k, call.v))
-        y = F.scaled_dot_product_attention(call.q, k, v)
-        return y + v.mean(2, keepdim=True)
-
-
 class IgnoresBias(Normalize):
     """Throws the scores away, and with them any bias."""
 
@@ -398,66 +319,3 @@ class ManyArguments(Score):
 
     def __init__(self, *sharpness: float) -> None:
         super().__init__()
-
-
-class AcceptsAnything(nn.Module):
-    """A mixer that declares no masks and no decoding, and swallows both."""
-
-    kind = "mixer"
-    traits = Traits(
-        decode=False, weights=False, cross=False, bias=False, mask="none", bidirectional=False
-    )
-
-    def __init__(self, dim: int, heads: int, causal: bool = False, dtype: Any = None) -> None:
-        super().__init__()
-        self.out = nn.Linear(dim, dim, dtype=dtype)
-
-    def forward(
-        self, x: Tensor, *, mask: Tensor | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
-        return self.out(x)
-
-
-class SoundFeature(nn.Module):
-    """A gate on each channel of a feature map from its mean (made up in 2026).
-
-    Args:
-        channels: Channels C.
-        device: Where parameters are made.
-        dtype: Their type.
-    """
-
-    kind = "feature"
-
-    def __init__(self, channels: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.gate = nn.Linear(channels, channels, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) from the same."""
-        return x * self.gate(x.mean((2, 3))).sigmoid()[..., None, None]
-
-
-class MixingFeature(SoundFeature):
-    """A gate from the mean over the whole batch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(x.mean((0, 2, 3))).sigmoid()[:, None, None]
-
-
-class ShrinkingFeature(SoundFeature):
-    """Loses a row of pixels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[..., 1:, :]
-
-
-class NoisyFeature(SoundFeature):
-    """Draws from a generator that no seed reaches."""
-
-    def __init__(self, channels: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__(channels, device, dtype)
-        self.count = itertools.count(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * next(self.count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -53,24 +54,25 @@ def measure(run: Callable[[], Tensor]) -> tuple[int, int]:
     return seen.elements, kept
 
 
+def growth(module: torch.nn.Module) -> dict[str, float]:
+    """How many times more the largest tensor and the bytes kept are when N is doubled."""
+
+    def run(length: int) -> tuple[int, int]:
+        return measure(lambda: module(torch.randn(1, length, 16)))
+
+    with patch.dict(engine.WHOLE_BYTES, cpu=0), patch.dict(engine.STRIP_BYTES, cpu=4096):
+        found = [run(length) for length in LENGTHS]
+    sizes = dict(zip(("the largest tensor", "what is kept"), zip(*found, strict=True), strict=True))
+    return {what: max(b / a for a, b in pairwise(size)) for what, size in sizes.items()}
+
+
 def check_memory(build: Build) -> None:
     """Twice the tokens make and keep about twice the memory, forward and backward."""
     longest = {"max_len": LENGTHS[-1]} if build.takes("max_len") else {}
-    for causal in build.modes[-1:]:
-        module = build(**longest, **flag(build, causal))
-        strips = isinstance(module, Attention) and module.attend is None
-        for route in ("auto", "engine") if strips else ("auto",):
-            if isinstance(module, Attention):
-                module.route = route
-            with (
-                patch.dict(engine.WHOLE_BYTES, cpu=0),
-                patch.dict(engine.STRIP_BYTES, cpu=4096),
-            ):
-                found = [measure(lambda n=n: module(torch.randn(1, n, 16))) for n in LENGTHS]
-            for what, sizes in zip(
-                ("largest tensor", "kept"), zip(*found, strict=True), strict=True
-            ):
-                growth = max(b / a for a, b in zip(sizes, sizes[1:], strict=False))
-                assert growth <= GROWTH, (
-                    f"{what} grows {growth:.2f} times by 2 N: {sizes} ({route})"
-                )
+    module = build(**longest, **flag(build, build.modes[-1]))
+    strips = isinstance(module, Attention) and module.attend is None
+    for route in ("auto", "engine") if strips else ("auto",):
+        if isinstance(module, Attention):
+            module.route = route
+        for what, times in growth(module).items():
+            assert times <= GROWTH, f"route {route}: {what} grows {times:.2f} times for 2 N"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import broken_modules as modules
 import broken_parts as broken
 import pytest
 from contract import CONTRACTS, owed
@@ -53,7 +54,7 @@ def registered(cls: type, options: str = "", **facts: Any) -> Iterator[Build]:
 
 SOUND = [
     (broken.SoundScore, {"taxonomy": TRAINED, "parameters": "score_heads"}),
-    (broken.SoundFeature, {"taxonomy": TRAINED, "parameters": "64"}),
+    (modules.SoundFeature, {"taxonomy": TRAINED, "parameters": "64"}),
 ]
 
 
@@ -65,7 +66,7 @@ def test_sound_parts_keep_every_contract(cls: type, facts: dict[str, Any]) -> No
             CONTRACTS[name].check(build)
     kept = {"shape", "gradients", "batch", "gradcheck", "half", "large", "compile", "state_dict"}
     kept |= {"copy", "device", "seed", "parameters", "documented", "tested"}
-    if cls is broken.SoundFeature:
+    if cls is modules.SoundFeature:
         assert set(names) == kept
     else:
         assert set(names) == set(CONTRACTS)
@@ -78,15 +79,15 @@ BROKEN: list[tuple[type, str, str, dict[str, Any]]] = [
     (broken.Untested, "tested", "missing: tests/score/test_untested.py", {}),
     (broken.NoDefault, "options", r"without a default: \['sharpness'\]", {}),
     (broken.ManyArguments, "options", "args", {}),
-    (broken.AcceptsAnything, "refusals", "DID NOT RAISE", {}),
+    (modules.AcceptsAnything, "refusals", "DID NOT RAISE", {}),
     (broken.Idle, "bites", "equals plain attention", {}),
     (broken.WrongType, "shape", "type torch.float64 for torch.float32", {}),
     (broken.InPlace, "shape", "changed in place", {}),
-    (broken.ShrinkingFeature, "shape", "output of shape", {}),
+    (modules.ShrinkingFeature, "shape", "output of shape", {}),
     (broken.DeadParameter, "gradients", "score.unused gets no gradient", {}),
     (broken.ZeroedParameter, "gradients", "gradient of score.unused is zero", {}),
     (broken.MixesBatch, "batch", "sample 0 alone", {}),
-    (broken.MixingFeature, "batch", "sample 0 alone", {}),
+    (modules.MixingFeature, "batch", "sample 0 alone", {}),
     (broken.WrongGradient, "gradcheck", "Jacobian mismatch", {}),
     (broken.HalfPrecisionSum, "half", "bfloat16", {}),
     (broken.WrongType, "half", "output of type torch.float64", {}),
@@ -96,8 +97,8 @@ BROKEN: list[tuple[type, str, str, dict[str, Any]]] = [
     (broken.NotPicklable, "copy", "pickle|lambda", {}),
     (broken.AlwaysCpu, "device", "is on cpu, not on meta", {}),
     (broken.Noisy, "seed", "differs under one seed", {}),
-    (broken.NoisyFeature, "seed", "differs under one seed", {}),
-    (broken.IgnoresDropout, "seed", "dropout=0.4 does nothing", {}),
+    (modules.NoisyFeature, "seed", "differs under one seed", {}),
+    (modules.IgnoresDropout, "seed", "dropout=0.4 does nothing", {}),
     (broken.SoundScore, "parameters", "4 parameters, '3'", {"parameters": "3"}),
     (
         broken.SoundScore,
@@ -105,10 +106,10 @@ BROKEN: list[tuple[type, str, str, dict[str, Any]]] = [
         "trainable_params=False, but 4",
         {"parameters": "score_heads"},
     ),
-    (broken.Leaks, "causal", "d y_0 / d x_j", {}),
-    (broken.LeaksByValue, "causal", "new future", {}),
+    (modules.Leaks, "causal", "d y_0 / d x_j", {}),
+    (modules.LeaksByValue, "causal", "new future", {}),
     (broken.SeesHiddenKeys, "causal", "d y_1 / d x_j", {}),
-    (broken.AlwaysCausal, "bidirectional", "does not see the second token", {}),
+    (modules.AlwaysCausal, "bidirectional", "does not see the second token", {}),
     (broken.PrefersEven, "equivariance", "permuted", {}),
     (broken.IgnoresPositions, "positions", r"positions of shape \(2, 9\)", {}),
     (broken.IgnoresMask, "padding", "padded against not padded", {}),
@@ -125,16 +126,17 @@ BROKEN: list[tuple[type, str, str, dict[str, Any]]] = [
         {"options": WINDOW, "traits": LOCAL, "taxonomy": replace(PLAIN, complexity="linear")},
     ),
     (
-        broken.GrowingState,
+        modules.GrowingState,
         "cache",
         "bytes of a recurrent state grow",
         {"taxonomy": replace(PLAIN, complexity="linear")},
     ),
-    (broken.ModuloHeads, "grouped", "keys tiled to 4", {}),
-    (broken.SeesHiddenContext, "cross", "new hidden context", {}),
+    (modules.ModuloHeads, "grouped", "keys tiled to 4", {}),
+    (modules.SeesHiddenContext, "cross", "new hidden context", {}),
     (broken.IgnoresBias, "bias", "the bias has no influence", {}),
-    (broken.FalseWeights, "weights", "against weights times values", {}),
+    (modules.FalseWeights, "weights", "against weights times values", {}),
     (broken.Unnormalised, "distribution", "sum of a row's weights", {"taxonomy": SOFTMAX}),
+    (broken.HoldsAllPairs, "memory", "the largest tensor grows", {}),
     (broken.DependsOnStrip, "strips", "route auto", {}),
 ]
 

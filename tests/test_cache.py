@@ -190,3 +190,13 @@ def test_bytes_of_half_precision_and_of_every_entry() -> None:
     for name, dtype in itertools.product("kv", [torch.bfloat16]):
         cache.extend(name, torch.zeros(2, 3, 7, 4, dtype=dtype))
     assert cache.nbytes == 2 * (2 * 3 * 7 * 4) * 2
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("shape", [(1, 3, 1, 4), (2, 1, 1, 4), (2, 3, 1, 1)])
+def test_new_tokens_of_another_shape_are_refused(shape: tuple[int, ...], grad: bool) -> None:
+    cache = LayerCache()
+    with torch.set_grad_enabled(grad):
+        cache.extend("k", torch.zeros(2, 3, 4, 4))
+        with pytest.raises(ZooError, match="k"):
+            cache.extend("k", torch.zeros(shape))

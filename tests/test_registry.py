@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import zoo
-from zoo import registry
 from zoo.errors import ZooError, nearest, unknown
 from zoo.parts import Score, Strip
 from zoo.registry import Entry, Paper, Taxonomy, Traits, unregister
@@ -190,83 +185,6 @@ def test_filters(add: Any) -> None:
         found(positions="lokal")
 
 
-@pytest.mark.parametrize("value", ["nonsense", ""])
-@pytest.mark.parametrize(
-    "axis",
-    [
-        *("sequences", "levels", "positions", "representations", "alignment", "distribution"),
-        *("complexity", "exact", "family"),
-    ],
-)
-def test_each_axis_refuses_foreign_values(axis: str, value: str) -> None:
-    with pytest.raises(ZooError, match=f"unknown taxonomy {axis} '{value}'"):
-        replace(PLAIN, **{axis: value})
-
-
-@pytest.mark.parametrize("axis", ["modality", "needs"])
-def test_lists_refuse_foreign_values(axis: str) -> None:
-    with pytest.raises(ZooError, match=f"unknown taxonomy {axis} 'smell'"):
-        replace(PLAIN, **{axis: ("smell",)})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"positions": "hard", "distribution": "sigmoid"}, "positions='hard'"),
-        ({"sequences": "co"}, "two_sequences"),
-        ({"sequences": "distinctive"}, "two_sequences"),
-        ({"complexity": "linear", "distribution": "softmax", "exact": "yes"}, "does not exist"),
-        ({"family": "kernel"}, "exact='yes'"),
-        ({"family": "kernel", "exact": "yes", "distribution": "sigmoid"}, "exact='yes'"),
-        ({"family": "sequence_parallel", "exact": "no"}, "exact='yes'"),
-    ],
-)
-def test_taxonomy_rules(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ZooError, match=message):
-        replace(PLAIN, **changes)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"positions": "hard", "distribution": "hard_topk"},
-        {"sequences": "co", "needs": ("two_sequences",)},
-        {"complexity": "linear", "distribution": "softmax", "exact": "no"},
-        {"family": "kernel", "exact": "yes"},
-    ],
-)
-def test_taxonomy_rules_allow_their_counterparts(changes: dict[str, Any]) -> None:
-    assert replace(PLAIN, **changes) != PLAIN
-
-
-def test_a_kind_can_imply_a_family_with_rules() -> None:
-    with pytest.raises(ZooError, match="sequence_parallel needs exact='yes'"):
-        zoo.register("ring_test", kind="parallel", taxonomy=PLAIN)(Foreign)
-    assert not zoo.list("ring_test")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("", 2020), "title is empty"),
-        (("A", 1999), "2014 to 2026"),
-        (("A", 2027), "2014 to 2026"),
-        (("A", 2020, "20.1"), "not an identifier"),
-    ],
-)
-def test_paper_checks(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ZooError, match=message):
-        Paper(*arguments)
-    assert Paper("A", 2020).url is None
-
-
-def test_trait_checks() -> None:
-    with pytest.raises(ZooError, match="unknown trait mask 'all'"):
-        Traits(mask="all")
-    with pytest.raises(ZooError, match="one must hold"):
-        Traits(causal=False, bidirectional=False)
-
-
 def test_dotted_path() -> None:
     path = f"{__name__}:Plain"
     entry = zoo.info(path)
@@ -289,61 +207,3 @@ def test_dotted_path() -> None:
 def test_wrong_dotted_paths(path: str, message: str) -> None:
     with pytest.raises(ZooError, match=message):
         zoo.info(path)
-
-
-PLUGIN = '''
-from zoo.parts import Score
-from zoo.registry import Paper, Taxonomy, register
-
-_AXES = dict(sequences="self", levels="single", positions="global", representations="single")
-_AXES.update(alignment="scaled_dot", distribution="inherited", complexity="quadratic")
-
-
-@register("from_plugin", kind="score", taxonomy=Taxonomy(**_AXES))
-class FromPlugin(Score):
-    """Comes from outside."""
-
-
-def later():
-    register("from_call", kind="score", taxonomy=Taxonomy(**_AXES))(type("C", (Score,), {}))
-'''
-
-
-def _with_plugins(folder: Path, points: str, code: str) -> subprocess.CompletedProcess[str]:
-    """Run code where a distribution with these entry points is installed."""
-    (folder / "good_plugin.py").write_text(PLUGIN)
-    (folder / "bad_plugin.py").write_text("raise RuntimeError('out of cheese')\n")
-    info = folder / "some_plugin-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-plugin\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{registry.PLUGIN_GROUP}]\n{points}\n")
-    start = f"import sys; sys.path.insert(0, {str(folder)!r}); import zoo\n"
-    return subprocess.run(
-        [sys.executable, "-c", start + code],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[1],
-    )
-
-
-def test_plugins_are_discovered(tmp_path: Path) -> None:
-    done = _with_plugins(
-        tmp_path,
-        "one = good_plugin\ntwo = good_plugin:later",
-        "print(zoo.list('from_*'), zoo.create('from_plugin', 8, 2).spec)",
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "['from_call', 'from_plugin'] from_plugin"
-
-
-def test_broken_plugin_warns_and_leaves_the_rest(tmp_path: Path) -> None:
-    done = _with_plugins(
-        tmp_path,
-        "a_broken = bad_plugin\nb_missing = no_such_plugin\nc_good = good_plugin",
-        "print(zoo.list('from_*'), 'mha' in zoo.list())",
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "['from_plugin'] True"
-    assert re.search(r"UserWarning: plug-in 'a_broken' \(bad_plugin\).*out of cheese", done.stderr)
-    assert "plug-in 'b_missing' (no_such_plugin) could not be loaded" in done.stderr

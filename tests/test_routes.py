@@ -220,14 +220,15 @@ def test_a_route_by_name_is_taken_or_raises() -> None:
     with pytest.raises(zoo.ZooError, match="route='sdpa' cannot take this pass: it takes no mask"):
         host(x, mask=MASKS["keys"])
     for name, near in (("sdpa_strip", "sdpa_strips"), ("engin", "engine"), ("dens", "dense")):
-        host.route = name
         with pytest.raises(zoo.ZooError, match=f"unknown route '{name}'.*'{near}'"):
-            host(x)
+            host.route = name
+    assert host.route == "sdpa"
 
 
 def test_a_wrong_route_is_refused_at_construction() -> None:
     with pytest.raises(zoo.ZooError, match="unknown route 'fast'"):
         zoo.create("mha", 16, 4, route="fast")
+    assert zoo.create(_path(Own), 16, 4, route="own").route == "own"
 
 
 def test_attend_parts_explain_themselves() -> None:
@@ -253,4 +254,4 @@ def test_a_route_named_for_an_attend_part_is_not_ignored() -> None:
         pytest.skip("no attend part is registered")
     causal = not zoo.info(names[0]).traits.bidirectional
     with pytest.raises(zoo.ZooError, match="route"):
-        zoo.create(names[0], 16, 4, causal=causal, route="engine")(torch.randn(1, 5, 16))
+        zoo.create(names[0], 16, 4, causal=causal, route="engine")

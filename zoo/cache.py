@@ -21,6 +21,7 @@ class _Entry:
     size: int  # tokens held, the first `size` along `dim` of the buffer
     dim: int
     batched: bool
+    owned: bool = False  # the buffer is ours to write into, not a caller's tensor
 
     def view(self) -> Tensor:
         return self.buffer.narrow(self.dim, 0, self.size)
@@ -55,27 +56,37 @@ class LayerCache:
             dim: The token axis.
             keep: Hold at most this many of the latest tokens for the next call; None holds all.
             batched: Axis 0 is the batch (so that `select` applies to it).
+
+        Raises:
+            ZooError: The new tokens do not fit those held in another axis than `dim`.
         """
         dim %= new.ndim
         old = self._entries.get(name)
+        if old is not None:
+            held, got = list(old.buffer.shape), list(new.shape)
+            if held[:dim] + held[dim + 1 :] != got[:dim] + got[dim + 1 :]:
+                raise ZooError(
+                    f"cache entry {name!r} holds {tuple(old.view().shape)}; new tokens of shape "
+                    f"{tuple(got)} differ in more than their number (axis {dim})"
+                )
         if old is not None and keep is None and not torch.is_grad_enabled():
             return self._append(old, new)
         full = new if old is None else torch.cat([old.view(), new], dim)
         size = full.shape[dim] if keep is None else min(keep, full.shape[dim])
-        held = full.narrow(dim, full.shape[dim] - size, size)
-        self._entries[name] = _Entry(held, size, dim, batched)
+        kept = full.narrow(dim, full.shape[dim] - size, size)
+        self._entries[name] = _Entry(kept, size, dim, batched)
         return full
 
     @staticmethod
     def _append(entry: _Entry, new: Tensor) -> Tensor:
         """Write into spare room, doubling it when it runs out: amortised O(new) per step."""
         total = entry.size + new.shape[entry.dim]
-        if entry.buffer.shape[entry.dim] < total:
+        if not entry.owned or entry.buffer.shape[entry.dim] < total:
             shape = list(entry.buffer.shape)
             shape[entry.dim] = 2 * total
             bigger = entry.buffer.new_zeros(shape)
             bigger.narrow(entry.dim, 0, entry.size).copy_(entry.view())
-            entry.buffer = bigger
+            entry.buffer, entry.owned = bigger, True
         entry.buffer.narrow(entry.dim, entry.size, new.shape[entry.dim]).copy_(new)
         entry.size = total
         return entry.view()
@@ -93,11 +104,11 @@ class LayerCache:
         """Replace a recurrent state (batch first)."""
         self._states[name] = value
 
-    def crop(self, length: int) -> None:
-        """Forget all tokens after the first `length`.
+    def check_crop(self, length: int) -> None:
+        """Make sure that `crop` would succeed.
 
         Raises:
-            ZooError: A recurrent state or a rolled window cannot go back.
+            ZooError: As `crop`.
         """
         if not 0 <= length <= self.length:
             raise ZooError(f"crop length={length} must lie between 0 and {self.length}")
@@ -108,6 +119,15 @@ class LayerCache:
         for name, entry in self._entries.items():
             if entry.size != self.length:
                 raise ZooError(f"entry {name!r} holds a window of the past and cannot be cropped")
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens after the first `length`.
+
+        Raises:
+            ZooError: A recurrent state or a rolled window cannot go back; nothing has changed.
+        """
+        self.check_crop(length)
+        for entry in self._entries.values():
             entry.size = length
         self.length = length
 
@@ -115,7 +135,7 @@ class LayerCache:
         """Reorder or repeat the batch, e.g. for beams: (B',) int64 indices into the batch."""
         for entry in self._entries.values():
             if entry.batched:
-                entry.buffer = entry.buffer.index_select(0, index)
+                entry.buffer, entry.owned = entry.buffer.index_select(0, index), True
         self._states = {n: s.index_select(0, index) for n, s in self._states.items()}
 
     @property
@@ -145,7 +165,9 @@ class Cache:
         return max((layer.length for layer in self._layers.values()), default=0)
 
     def crop(self, length: int) -> None:
-        """Forget all tokens after the first `length` in every layer."""
+        """Forget all tokens after the first `length` in every layer, or in none."""
+        for layer in self._layers.values():
+            layer.check_crop(length)
         for layer in self._layers.values():
             layer.crop(length)
 

@@ -320,7 +320,9 @@ def register(
     """
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
-    for item in (name, *aliases):
+    for item in {name, *aliases}:
+        if (name, *aliases).count(item) > 1:
+            raise ZooError(f"registry name {item!r} is given twice in one registration")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", item):
             raise ZooError(f"registry name {item!r} is not snake_case, e.g. 'sliding_window'")
 

@@ -121,7 +121,8 @@ def draw(
     columns = max(len(heads) for heads in layers.values())
     size = max(1.5, min(3.2, 16 / columns))
     figure = Figure(
-        figsize=(max(5.0, size * columns + 1.6), max(2.6, size * len(layers) + 0.9)), layout="constrained"
+        figsize=(max(5.0, size * columns + 1.6), max(2.6, size * len(layers) + 0.9)),
+        layout="constrained",
     )
     axes = figure.subplots(len(layers), columns, squeeze=False)
     every = torch.cat([heads.flatten() for heads in layers.values()])

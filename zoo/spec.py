@@ -8,6 +8,8 @@ defaults, so that two spellings of one thing share their records.
 from __future__ import annotations
 
 import ast
+import keyword
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,9 +51,10 @@ class PartSpec:
 
 def _plain(value: Any) -> str:
     """Write a value so that it parses back: words stay bare, everything else is a literal."""
-    if isinstance(value, str) and value.isidentifier() and value not in ("True", "False", "None"):
-        return value
-    return repr(value)
+    if isinstance(value, float) and math.isinf(value):
+        return "1e999" if value > 0 else "-1e999"  # infinity has no literal of its own
+    word = isinstance(value, str) and value.isascii() and value.isidentifier()
+    return value if word and not keyword.iskeyword(value) else repr(value)
 
 
 def split(text: str, separator: str) -> list[str]:
@@ -91,19 +94,22 @@ def _part(text: str) -> PartSpec:
         call = ast.parse(f"_({rest}", mode="eval").body
     except SyntaxError as error:
         raise ZooError(f"specification {text!r}: cannot read the options ({error.msg})") from error
-    if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+    if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
         raise ZooError(f"specification {text!r}: options are written name=value")
     options: dict[str, Any] = {}
-    for keyword in call.keywords:
-        assert keyword.arg is not None
-        if isinstance(keyword.value, ast.Name):
-            options[keyword.arg] = keyword.value.id
+    for item in call.keywords:
+        if item.arg is None:
+            raise ZooError(f"specification {text!r}: options are written name=value")
+        if item.arg in options:
+            raise ZooError(f"specification {text!r}: option {item.arg!r} is given twice")
+        if isinstance(item.value, ast.Name):
+            options[item.arg] = item.value.id
             continue
         try:
-            options[keyword.arg] = ast.literal_eval(keyword.value)
+            options[item.arg] = ast.literal_eval(item.value)
         except ValueError as error:
             raise ZooError(
-                f"specification {text!r}: option {keyword.arg!r} is not a plain value"
+                f"specification {text!r}: option {item.arg!r} is not a plain value"
             ) from error
     return PartSpec(name, options)
 

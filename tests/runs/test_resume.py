@@ -10,18 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY, outcome
 
-from zoo.errors import ZooError
-from zoo.runs.checkpoints import LAST, read_checkpoint
-from zoo.runs.train import resume, run
+from zoo.runs.checkpoints import read_checkpoint
+from zoo.runs.train import run
 
-# Dropout draws random numbers at every step, so a lost random state would show.
-TINY = [
-    *("data.vocab_size=32", "data.seq_len=16", "data.pairs=2", "data.val_size=40"),
-    *("data.test_size=40", "batch=8", "model.dim=16", "model.heads=2", "model.depth=2"),
-    *("model.dropout=0.2", "steps=30", "trainer.eval_every=8", "trainer.checkpoint_every=3"),
-    "lr=1e-2",
-]
 # Checkpoints are written at steps 3, 6, 8 (the first best before the last), 9, 12, ...
 KILLS = [
     ("step", 2),  # before the first checkpoint
@@ -33,10 +26,6 @@ KILLS = [
     ("replace", 3),  # the best is in place, the last one is not
     ("record", 0),  # training and test are over
 ]
-
-
-def outcome(record):
-    return record.metrics, record.history, record.steps, record.status
 
 
 def weights(folder):

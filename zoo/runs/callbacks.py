@@ -84,10 +84,11 @@ class Keeper(Checkpoint):
 
     def on_before_backward(self, trainer: Trainer, task: LightningModule, loss: Tensor) -> None:
         """Stop before a loss that is no number spoils the weights."""
-        finite = bool(torch.isfinite(loss))
+        value = float(loss.detach())
+        finite = math.isfinite(value)
         if not trainer.strategy.reduce_boolean_decision(finite):
             self.step = trainer.global_step
-            raise Diverged("training loss", float(loss), trainer.global_step)
+            raise Diverged("training loss", value, self.step)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Ask for the last validation, and write the checkpoints between validations."""

@@ -191,29 +191,38 @@ def _resolve(plain: dict[str, Any], path: Path, changed: dict[str, Any]) -> Dict
     known = [key for key in known if key not in ("data", "model", "optim")]
     known += [f"optim.{key}" for key in Optim.__dataclass_fields__]
     known += [f"data.{key}" for key in data] + [f"model.{key}" for key in contents(model)]
-    for key, _ in _leaves(plain, known):
+    options = [key for key in known if key.startswith(("data.", "model."))]
+    for key, _ in _leaves(plain, options):
         if key not in known:
             origin = "override" if _given(key, changed) else f"key in recipe {path.name}"
             names = [*known, *SHORT] if origin == "override" else known
             raise unknown(origin, key, names)
-    try:
-        plain["data"] = {**data, **plain["data"], "name": data["name"]}
-        plain["model"] = contents(OmegaConf.merge(model, plain["model"]))
-        config = OmegaConf.merge(config, plain)
-        for key, value in _leaves(contents(config)):
-            if value == "???":
-                raise ZooError(f"recipe {path.name}: {key} is missing; it has no default")
-    except OmegaConfBaseException as error:
-        key = error.full_key or "?"
-        where = "override" if _given(str(key), changed) else f"recipe {path.name}"
-        raise ZooError(f"{where}: {key}: {_line(error)}") from None
-    assert isinstance(config, DictConfig)
+    plain["data"] = {**data, **plain["data"], "name": data["name"]}
+    plain["model"] = contents(_merge(model, plain["model"], path, changed, "model."))
+    config = _merge(config, plain, path, changed)
+    for key, value in _leaves(contents(config)):
+        if value == "???":
+            raise ZooError(f"recipe {path.name}: {key} is missing; it has no default")
     config.attention = canonical(config.attention)
     OmegaConf.to_object(config.optim)
     module = data_module(config)
     check(config, module.test_names, module.task)
     OmegaConf.set_struct(config, True)
     return config
+
+
+def _merge(
+    config: DictConfig, plain: Any, path: Path, changed: dict[str, Any], prefix: str = ""
+) -> DictConfig:
+    """Put values into typed keys."""
+    try:
+        merged = OmegaConf.merge(config, plain)
+    except OmegaConfBaseException as error:
+        key = f"{prefix}{error.full_key}"
+        where = "override" if _given(key, changed) else f"recipe {path.name}"
+        raise ZooError(f"{where}: {key}: {_line(error)}") from None
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _given(key: str, changed: dict[str, Any]) -> bool:

@@ -128,7 +128,11 @@ def data_defaults(name: str) -> dict[str, Any]:
     """
     info = datasets.info(name)
     options = {**dict.fromkeys(info.required, MISSING), **info.options}
-    return {key: value for key, value in options.items() if key not in ("seed", "name")}
+    return {
+        key: list(value) if isinstance(value, tuple) else value  # as a file gives it back
+        for key, value in options.items()
+        if key not in ("seed", "name")
+    }
 
 
 def model_options(name: str) -> DictConfig:
@@ -176,8 +180,8 @@ def check(config: DictConfig, tests: list[str], task: str) -> None:
     for key in ("name", "track"):
         if not _NAME.fullmatch(config[key]):
             raise ZooError(f"{key}={config[key]!r} must be snake_case, such as 'selective_copy'")
-    if not 0 <= config.seed < 2**32:
-        raise ZooError(f"seed={config.seed} must lie between 0 and 2**32 - 1")
+    if config.seed >= 2**32:
+        raise ZooError(f"seed={config.seed} must be below 2**32")
     if config.task != task:
         raise ZooError(
             f"task={config.task!r} does not fit the data set {config.data.name!r}, "

@@ -92,9 +92,9 @@ class Task(LightningModule):
             batch_idx: Its number.
         """
         loss = self.loss(self.logits(batch), batch)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
         for name, value in auxiliary_losses(self.model).items():
-            self.log(f"train/aux_{name}", value.detach(), batch_size=1)
+            self.log(f"train/aux_{name}", value.detach(), batch_size=1, sync_dist=True)
             loss = loss + value
         return loss
 
@@ -152,5 +152,7 @@ class Task(LightningModule):
         figures = self._split(index)
         for name, value in figures.compute().items():
             shown = index == 0 and name == self.names[0]
-            self.log(f"{self.splits[index]}/{name}", value, prog_bar=shown, batch_size=1)
+            self.log(
+                f"{self.splits[index]}/{name}", value, prog_bar=shown, batch_size=1, sync_dist=True
+            )
         figures.reset()
