@@ -29,16 +29,7 @@ torch.set_num_threads(1)
 
 # The asserts of the shared helpers should explain themselves like those of the tests.
 pytest.register_assert_rewrite(
-    "tolerances",
-    "contract",
-    "contract_decode",
-    "contract_mask",
-    "contract_memory",
-    "contract_numerics",
-    "contract_promises",
-    "contract_state",
-    "contract_subject",
-    "contract_values",
+    "tolerances", *(path.stem for path in Path(__file__).parent.glob("contract*.py"))
 )
 
 settings.register_profile("zoo", deadline=None, derandomize=True, database=None, max_examples=40)

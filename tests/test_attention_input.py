@@ -13,7 +13,8 @@ from torch import Tensor
 
 import zoo
 from zoo.attention import Attention
-from zoo.parts import Position, Strip
+from zoo.parts import Normalize, Position, Strip, mask_scores
+from zoo.registry import Traits
 
 
 def test_a_gate_of_zero_removes_a_head() -> None:
@@ -145,6 +146,67 @@ def test_masks_and_biases_of_every_allowed_shape(shape: tuple[int, ...]) -> None
     full = (2, 4, 7, 7)
     expected = host(x, mask=mask.expand(full), bias=bias.expand(full))
     assert_close(host(x, mask=mask, bias=bias), expected)
+
+
+class Limited(Normalize):
+    """A softmax that promises next to nothing."""
+
+    traits = Traits(
+        causal=False,
+        cross=False,
+        mask="keys",
+        bias=False,
+        decode=False,
+        weights=False,
+        grouped=False,
+    )
+
+    def forward(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return mask_scores(scores, mask).softmax(-1)
+
+
+class Maskless(Limited):
+    """Takes no mask at all, and is causal only."""
+
+    traits = Traits(mask="none", bidirectional=False)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"context": torch.zeros(2, 5, 16)}, "context"),
+        ({"mask": torch.ones(7, 7, dtype=torch.bool)}, "can hide keys only"),
+        ({"mask": torch.ones(2, 4, 1, 7, dtype=torch.bool)}, "can hide keys only"),
+        ({"bias": torch.zeros(7, 7)}, "bias"),
+        ({"need_weights": True}, "need_weights"),
+        ({"cache": zoo.LayerCache()}, "cache|decode"),
+    ],
+)
+def test_what_a_part_does_not_promise_is_refused(inputs: dict[str, Any], message: str) -> None:
+    host = zoo.create(f"{__name__}:Limited", 16, 4)
+    with pytest.raises(zoo.ZooError, match=message):
+        host(torch.zeros(2, 7, 16), **inputs)
+    host(torch.zeros(2, 7, 16), mask=zoo.padding_mask(torch.tensor([7, 3])))
+
+
+def test_what_a_part_does_not_promise_is_refused_at_construction() -> None:
+    limited, maskless = (f"{__name__}:{name}" for name in ("Limited", "Maskless"))
+    with pytest.raises(zoo.CompatibilityError, match=r"Limited.*cannot be causal"):
+        zoo.create(limited, 16, 4, causal=True)
+    with pytest.raises(zoo.CompatibilityError, match=r"Maskless.*causal attention only"):
+        zoo.create(maskless, 16, 4)
+    with pytest.raises(zoo.CompatibilityError, match=r"Limited.*kv_heads=2 < heads=4"):
+        zoo.create(limited, 16, 4, kv_heads=2)
+    with pytest.raises(zoo.CompatibilityError, match=r"Seen.*adds a bias.*Limited"):
+        zoo.create(f"{limited}+{SEEN}", 16, 4)
+    host = zoo.create(maskless, 16, 4, causal=True)
+    with pytest.raises(zoo.ZooError, match="takes no mask"):
+        host(torch.zeros(2, 7, 16), mask=torch.ones(2, 1, 1, 7, dtype=torch.bool))
+
+
+def test_the_host_promises_what_all_parts_promise() -> None:
+    host = zoo.create(f"{__name__}:Limited+gqa(kv_heads=4)", 16, 4)
+    assert host.traits == Limited.traits
 
 
 class Seen(Position):

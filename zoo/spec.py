@@ -51,10 +51,15 @@ class PartSpec:
 
 def _plain(value: Any) -> str:
     """Write a value so that it parses back: words stay bare, everything else is a literal."""
-    if isinstance(value, float) and math.isinf(value):
-        return "1e999" if value > 0 else "-1e999"  # infinity has no literal of its own
     word = isinstance(value, str) and value.isascii() and value.isidentifier()
-    return value if word and not keyword.iskeyword(value) else repr(value)
+    return value if word and value != "inf" and not keyword.iskeyword(value) else repr(value)
+
+
+class _Infinity(ast.NodeTransformer):
+    """Reads ``inf``, which repr writes but Python has no literal for."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(math.inf) if node.id == "inf" else node
 
 
 def split(text: str, separator: str) -> list[str]:
@@ -91,7 +96,7 @@ def _part(text: str) -> PartSpec:
     if not bracket:
         return PartSpec(name)
     try:
-        call = ast.parse(f"_({rest}", mode="eval").body
+        call = _Infinity().visit(ast.parse(f"_({rest}", mode="eval").body)
     except SyntaxError as error:
         raise ZooError(f"specification {text!r}: cannot read the options ({error.msg})") from error
     if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):

@@ -62,7 +62,7 @@ def test_the_record_says_what_was_run(finished):
     assert (finished.steps, finished.examples, finished.conv) == (30, 240, True)
     assert finished.data["name"] == "mqar"
     assert len(finished.data["fingerprint"]) == 64
-    assert finished.versions["torch"] == torch.__version__
+    assert torch.__version__.startswith(finished.versions["torch"])
     assert finished.device["type"] == "cpu"
 
 
@@ -74,8 +74,8 @@ def test_the_record_says_what_it_cost(finished):
     attention = 2 * 2 * 2 * 16 * 16 * 8
     conv = 2 * 16 * 3 * (16 + 2)
     assert finished.flops == pytest.approx(2 * (linear + attention + conv), rel=0.02)
-    # Keys and values of every position, and the last two inputs of every short convolution.
-    assert finished.state_bytes == 4 * 2 * (2 * 16 * 16 + 2 * 16)
+    # Per layer: keys, values and positions, and the last two inputs of the short convolution.
+    assert finished.state_bytes == 2 * (4 * 2 * 16 * 16 + 8 * 16 + 4 * 2 * 16)
     assert 0 < finished.step_time_cpu < 60
     assert 0 < finished.step_time_wall < 600
     assert 2**20 < finished.peak_memory_bytes < 2**40
