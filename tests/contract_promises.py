@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_subject import Build, draw, largest, test_file
+from contract_subject import Build, draw, file_of_tests, largest
 from contract_values import flag
 
 import zoo
@@ -99,7 +99,7 @@ def check_documented(build: Build) -> None:
 
 def check_tested(build: Build) -> None:
     """The mechanism has its own test file with tests in it."""
-    path = test_file(build.entry)
+    path = file_of_tests(build.entry)
     if path is None:
         return
     assert path.exists(), f"missing: tests/{path.relative_to(path.parents[1])}"
@@ -124,5 +124,6 @@ def check_bites(build: Build) -> None:
     plain.load_state_dict({**state, **shared})
     x = build.input(2, 13)
     assert largest(module(x) - plain(x)) > 1e-9, (
-        f"{build.spec!r} equals plain attention here; give CONTRACT_OPTIONS in {test_file(entry)}"
+        f"{build.spec!r} equals plain attention at these sizes; "
+        f"give CONTRACT_OPTIONS in {file_of_tests(entry)}"
     )

@@ -156,15 +156,12 @@ def default_modules() -> set[str]:
     return {PartSpec(name).entry.cls.__module__ for name in DEFAULTS.values()}
 
 
-def test_file(entry: Entry) -> Path | None:
+def file_of_tests(entry: Entry) -> Path | None:
     """Where the tests of a mechanism of this package belong, or None for anybody else's."""
     package, _, name = entry.cls.__module__.rpartition(".")
     if package.split(".")[0] != "zoo" or entry.cls.__module__ in default_modules():
         return None
     return TESTS.joinpath(*package.split(".")[1:], f"test_{name}.py")
-
-
-test_file.__test__ = False  # type: ignore[attr-defined]
 
 
 def variants(entry: Entry) -> list[str]:
@@ -174,13 +171,13 @@ def variants(entry: Entry) -> list[str]:
     at the tiny sizes of the contracts, or where one set of options would leave code untried; for a
     file with several mechanisms, ``CONTRACT_OPTIONS = {"sliding_window": [{"window": 4}]}``.
     """
-    path = test_file(entry)
+    path = file_of_tests(entry)
     found: Any = None
     if path is not None and path.exists():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and any(
-                isinstance(t, ast.Name) and t.id == "CONTRACT_OPTIONS" for t in node.targets
-            ):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+            if any(isinstance(t, ast.Name) and t.id == "CONTRACT_OPTIONS" for t in targets):
                 found = ast.literal_eval(node.value)
     if isinstance(found, dict):
         found = found.get(entry.name)

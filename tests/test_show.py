@@ -152,7 +152,7 @@ def test_equal_figures_give_equal_svg(tmp_path: Path) -> None:
 
 def test_unwritable_and_unknown_formats(tmp_path: Path) -> None:
     figure = show.draw({"layer 0": torch.rand(1, 3, 3)}, title="")
-    with pytest.raises(ZooError, match="no known ending; allowed: .*png"):
+    with pytest.raises(ZooError, match=r"no known ending; allowed: .*png"):
         show.save_figure(figure, tmp_path / "map.xyz")
     (tmp_path / "file").write_text("")
     with pytest.raises(ZooError, match="cannot write"):

@@ -299,6 +299,8 @@ class Attention(nn.Module):
             ZooError: An argument has the wrong shape or type, or a part cannot take it.
         """
         self._check_input(x, context, mask, bias, need_weights)
+        if cache is not None and not self.traits.decode:
+            raise ZooError(f"{self.spec!r} cannot decode step by step; it takes no cache")
         call = self._call(x, context, mask, bias, positions, context_positions, cache)
         if self.attend is not None:
             y = self.attend(call)
@@ -418,6 +420,8 @@ class Attention(nn.Module):
                 k, v, new_pos, k_start = self._remember(cache, k, v, new_pos)
             elif cached is None:
                 k, v = cache.extend("cross_k", k), cache.extend("cross_v", v)
+        if self.attend is None:
+            k = self.normalize.share_keys(k)
         call = Call(
             x=x,
             q=q,

@@ -319,6 +319,14 @@ class Normalize(Part):
         """
         raise ZooError(f"{type(self).__name__} does not define forward")
 
+    def share_keys(self, k: Tensor) -> Tensor:
+        """Lay out the key heads (B, k_heads, M, qk_dim) before anything reads them.
+
+        Score head s meets key head ``s // (score_heads // k_heads)`` of what comes out; the cache
+        holds what went in.
+        """
+        return k
+
     def finish(self, y: Tensor) -> Tensor:
         """Change the heads' outputs (B, heads, N, v_dim) before they are combined."""
         return y

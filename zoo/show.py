@@ -166,9 +166,7 @@ def _scale(weights: np.ndarray[Any, Any]) -> tuple[Normalize, Colormap, str]:
 
 
 def _grey_at_zero(name: str) -> Colormap:
-    colours = colormaps[name].copy()
-    colours.set_bad("0.85")
-    return colours
+    return colormaps[name].with_extremes(bad="0.85")
 
 
 def _ticks(axis: Axes, labels: Sequence[str] | None, bottom: bool, left: bool) -> None:

@@ -47,7 +47,7 @@ def test_unknown_names_get_the_nearest(name: str, nearest: str) -> None:
 
 def test_other_kinds_are_refused() -> None:
     taxonomy = Taxonomy("self", "single", "global", "single", "none", "none", "na")
-    register("bench_slots", kind="slots", taxonomy=taxonomy)(nn.Identity)
+    register("bench_slots", kind="slots", taxonomy=taxonomy)(nn.Flatten)
     try:
         with pytest.raises(ZooError, match="'bench_slots' is a slots; bench takes token mixers"):
             resolve("bench_slots")

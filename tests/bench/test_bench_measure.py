@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import zoo.bench.measure as measuring
 from zoo.bench import HANDWRITTEN, Report, Row, Setting, measure, memory, timing
+from zoo.bench import measurement as measuring
 from zoo.errors import ZooError
 from zoo.registry import Taxonomy, register, unregister
 
@@ -146,7 +146,7 @@ def test_turns_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order == [first, second, second, first, first, second]
 
 
-def test_equal_seeds_and_inputs_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_global_generator_is_left_alone() -> None:
     state = torch.get_rng_state()
     measure(Setting(specs=[], lengths=[4], backward=False, **TINY))
     assert torch.equal(torch.get_rng_state(), state)
@@ -199,13 +199,14 @@ def test_cuda() -> None:
 def test_memory_is_the_peak_of_what_torch_allocates() -> None:
     x = torch.ones(1000)
     step = 4 * 1000
+    few = 64  # the numbers 1, 2 and 3 become tensors for a moment
     # Two temporaries and a result, of which two are alive at any time.
-    assert memory.peak(lambda: x.add(1).mul(2).sub(3), "cpu") == 2 * step
-    assert memory.peak(lambda: (x + 1, x + 2, x + 3), "cpu") == 3 * step
-    assert memory.peak(lambda: x.add_(1), "cpu") < step
+    assert 0 <= memory.peak(lambda: x.add(1).mul(2).sub(3), "cpu") - 2 * step < few
+    assert 0 <= memory.peak(lambda: (x + 1, x + 2, x + 3), "cpu") - 3 * step < few
+    assert memory.peak(lambda: x.add_(1), "cpu") < few
 
 
-def test_memory_of_dense_attention_is_quadratic_and_of_strips_is_not() -> None:
+def test_memory_of_dense_attention_is_quadratic_and_of_strips_is_not(many_strips: None) -> None:
     def bytes_of(route: str, length: int) -> int:
         host = measuring.contenders.build(
             "sparsemax",
@@ -218,6 +219,8 @@ def test_memory_of_dense_attention_is_quadratic_and_of_strips_is_not() -> None:
 
     assert bytes_of("dense", 512) > 3.5 * bytes_of("dense", 256)
     assert bytes_of("dense", 512) > 2 * 512 * 512 * 4
+    assert bytes_of("engine", 512) < 2.2 * bytes_of("engine", 256)
+    assert bytes_of("engine", 512) < 2 * 512 * 512 * 4 / 5
 
 
 def test_times_come_from_both_clocks() -> None:

@@ -44,12 +44,11 @@ def printed(made: Report) -> str:
 def test_table_shows_every_figure(made: Report) -> None:
     text = printed(made)
     assert "mha+rope" in text
-    assert text.count("failed: no [room] at all") == 1
-    for figure in ("2 (0.1)", "1.50x", "0.064 (0.0001)", "1.40x", "3.00", "sdpa", "1.00"):
+    assert text.count("entmax at N = 64 failed: no [room] at all") == 1
+    for figure in ("  2  ", "  0.1  ", "1.50x", "0.064", "0.0001", "1.40x", "3.00", "sdpa", "1.00"):
         assert figure in text
-    assert text.index("forward\n") or "forward+backward" in text
+    assert "forward+backward" in text
     assert "torch.profiler" in text
-    assert "AMD" in text or "cpu" in text
 
 
 def test_table_without_processor_times_has_no_such_columns(made: Report) -> None:

@@ -18,9 +18,7 @@ from zoo.normalize.differential import (
     initial_lambda,
     pair_keys,
 )
-from zoo.parts import Layout, Score
-from zoo.registry import Taxonomy, register, unregister
-from zoo.score.dot import Dot
+from zoo.parts import Layout
 
 CONTRACT_OPTIONS = [{}, {"kv_grouping": "official"}]
 ROUTES = ("auto", "engine", "dense")
@@ -214,22 +212,23 @@ def test_fast_route_and_why_not():
     assert "alibi" in build("differential+alibi").explain(x).refused["pair_sdpa"]
 
 
-def test_parts_that_read_grouped_keys_beforehand_are_refused():
-    taxonomy = Taxonomy("self", "single", "global", "single", "dot", "inherited", "quadratic")
-
-    @register("prepared_dot", kind="score", taxonomy=taxonomy)
-    class PreparedDot(Dot):
-        def prepare(self, call):
-            return {"keys": call.k}
-
-    try:
-        assert issubclass(PreparedDot, Score)
-        with pytest.raises(zoo.CompatibilityError, match="prepared_dot"):
-            build("differential+prepared_dot", kv_heads=2)
-        assert build("differential+prepared_dot").kv_heads == 4
-        build("differential(kv_grouping=official)+prepared_dot", kv_heads=2)
-    finally:
-        unregister("prepared_dot")
+@pytest.mark.parametrize("position", ["alibi", "t5", "transformer_xl"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_grouped_pairs_equal_tiled_pairs_under_parts_that_read_keys(position, causal):
+    few = build(f"differential+{position}", kv_heads=2, causal=causal)
+    many = build(f"differential+{position}", kv_heads=4, causal=causal)
+    state = few.state_dict()
+    q, k, v = state["project.qkv.weight"].split([few.project.sizes[i] for i in range(3)])
+    pairs = k.unflatten(0, (2, -1)).repeat_interleave(2, 0).flatten(0, 1)  # a group holds a pair
+    values = v.unflatten(0, (2, -1)).repeat_interleave(2, 0).flatten(0, 1)
+    many.load_state_dict({**state, "project.qkv.weight": torch.cat([q, pairs, values])})
+    x = draw(2, 7, 32)
+    assert_close(few(x), many(x))
+    if causal:
+        cache = zoo.LayerCache()
+        steps = [few(x[:, i : i + 1], cache=cache) for i in range(7)]
+        assert_close(torch.cat(steps, 1), many(x))
+        assert cache.get("k").shape[1] == 4
 
 
 def test_depth_and_start_in_a_model():

@@ -388,9 +388,10 @@ def test_quiet_prints_nothing(tmp_path, capfd):
 
 def test_the_bar_counts_the_steps_of_the_run(tmp_path, capfd):
     record = train(tmp_path, tiny(steps=12), quiet=False)
-    out = capfd.readouterr().out
-    assert "12/12" in out
-    assert record.id[:20] in out
+    out, err = capfd.readouterr()
+    assert not out
+    assert "12/12" in err
+    assert record.id[:20] in err
 
 
 def test_a_run_leaves_the_process_as_it_was(tmp_path):

@@ -8,6 +8,6 @@ them alike, and is compared with the baseline of the same round.
 from __future__ import annotations
 
 from zoo.bench.contenders import HANDWRITTEN, Handwritten
-from zoo.bench.measure import Report, Row, Setting, measure
+from zoo.bench.measurement import Report, Row, Setting, measure
 
 __all__ = ["HANDWRITTEN", "Handwritten", "Report", "Row", "Setting", "measure"]

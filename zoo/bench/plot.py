@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from zoo.bench.measure import Report, Row
+from zoo.bench.measurement import Report, Row
 
 
 def draw(report: Report) -> Figure:

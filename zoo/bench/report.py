@@ -9,11 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zoo.bench.measure import Report, Row
+from zoo.bench.measurement import Report, Row
 from zoo.bench.memory import METHODS
 from zoo.runs import environment
 from zoo.runs.records import replace_text
@@ -38,11 +39,12 @@ def header(report: Report) -> str:
         [
             f"B={s.batch} C={s.dim} H={s.heads} {'causal' if s.causal else 'bidirectional'} "
             f"{s.dtype}, {where['name']} ({s.device}, threads={s.threads})",
-            f"time: median (interquartile range) over interleaved rounds; speed: times as fast as "
-            f"{s.baseline!r} in the same rounds",
+            "ms, CPU ms: median elapsed and processor time of a call, each with its interquartile "
+            "range, over interleaved rounds",
+            f"speed: times as fast as {s.baseline!r} in the same rounds",
             f"growth: exponent p of {clock} ~ N^p over the last three lengths",
-            f"memory: {METHODS[s.device]}, results included, parameters and input not",
-            "FLOPs: torch.utils.flop_counter, counted in calls that are not timed",
+            f"MiB: {METHODS[s.device]}, results included, parameters and input not",
+            "GFLOP: torch.utils.flop_counter, counted in calls that are not timed",
         ]
     )
 
@@ -53,19 +55,27 @@ def show(report: Report, console: Console) -> None:
     for kind in report.setting.passes:
         console.print()
         console.print(_table(report, kind))
+        for line in _failures(report, kind):
+            console.print(Text(line, style="red"), soft_wrap=True)
 
 
 def _table(report: Report, kind: str) -> Table:
     on_cpu = report.setting.device == "cpu"
-    table = Table(title=kind, title_justify="left", title_style="bold")
+    table = Table(
+        title=kind,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("N", justify="right")
-    table.add_column("contender")
-    table.add_column("route", max_width=40)
-    figures = ["elapsed ms", "speed"]
-    figures += ["CPU ms", "CPU speed"] if on_cpu else []
-    figures += ["memory MiB", "GFLOP", "growth"]
-    for name in figures:
-        table.add_column(name, justify="right")
+    for name in ("contender", "route"):
+        table.add_column(name, overflow="fold")
+    figures = ["ms", "IQR", "speed"]
+    figures += ["CPU ms", "IQR", "speed"] if on_cpu else []
+    for name in (*figures, "MiB", "GFLOP", "growth"):
+        table.add_column(name, justify="right", no_wrap=True)
     lengths = report.setting.lengths
     for length in lengths:
         for spec in report.setting.specs:
@@ -79,24 +89,31 @@ def _table(report: Report, kind: str) -> Table:
 
 def _cells(report: Report, row: Row, on_cpu: bool, last: bool) -> list[Text | str]:
     if row.error is not None:
-        return [Text(f"failed: {row.error}", style="red")]
-    cells = [row.route, _time(row.wall, row.wall_iqr), _figure(row.speed_wall, ".2f", "x")]
+        return [Text("failed", style="red")]
+    cells = [row.route, _milli(row.wall), _milli(row.wall_iqr), _figure(row.speed_wall, ".2f", "x")]
     if on_cpu:
-        cells += [_time(row.cpu, row.cpu_iqr), _figure(row.speed_cpu, ".2f", "x")]
+        cells += [_milli(row.cpu), _milli(row.cpu_iqr), _figure(row.speed_cpu, ".2f", "x")]
     cells.append(_figure(None if row.memory is None else row.memory / 2**20, ".2f"))
     cells.append(_figure(None if row.flops is None else row.flops / 1e9, ".3g"))
     cells.append(_figure(report.growth(row.spec, row.kind), ".2f") if last else "")
     return list(cells)
 
 
+def _failures(report: Report, kind: str) -> list[str]:
+    """One line for each reason, with the lengths at which it came up."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in report.rows:
+        if row.kind == kind and row.error is not None:
+            found.setdefault((row.spec, row.error), []).append(str(row.length))
+    return [f"{spec} at N = {', '.join(n)} failed: {why}" for (spec, why), n in found.items()]
+
+
 def _figure(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def _time(median: float | None, iqr: float | None) -> str:
-    if median is None or iqr is None:
-        return "-"
-    return f"{1e3 * median:.3g} ({1e3 * iqr:.2g})"
+def _milli(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.3g}"
 
 
 def as_json(report: Report) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def bench(
         device=device,
         dtype=dtype,
     )
-    with notes().status("measuring") as status:
-        report = measuring.measure(setting, status.update)
+    # Plain lines: a spinner would be a second thread that takes time from what is measured.
+    report = measuring.measure(setting, lambda stage: notes().print(f"measuring {stage}"))
     reporting.show(report, console())
     folder = output or Path("runs/bench") / reporting.slug(report)
     for path in reporting.save(report, folder):

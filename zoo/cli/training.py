@@ -94,7 +94,8 @@ def _line(record: Record) -> str:
     """What came out, in one line."""
     if record.status != "finished":
         return f"{record.id}: {record.status} after {record.steps} steps: {record.error or ''}"
-    keys = dict.fromkeys([record.metric["select"], record.metric["report"], *record.metrics])
+    first = (record.metric["select"], record.metric["report"])
+    keys = [*first, *sorted(key for key in record.metrics if key not in first)]
     figures = ", ".join(f"{key} {record.metrics[key]:.4g}" for key in keys)
     return f"{record.id}: {figures} after {record.steps} steps"
 

@@ -25,7 +25,6 @@ the authors do not use, falls on the difference of the maps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ZooError, unknown
-from zoo.parts import Call, Layout, Normalize, Part, mask_scores, repeat_heads
+from zoo.parts import Call, Layout, Normalize, mask_scores, repeat_heads
 from zoo.registry import Paper, Taxonomy, register
 from zoo.routes import Route
 
@@ -238,33 +237,14 @@ class Differential(Normalize):
         )
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
 
-    @property
-    def _pairs_keys(self) -> bool:
-        # Without groups, key head s is query head s in either reading.
-        return self.kv_grouping == "pair" and self.repeats > 1
-
-    def prepare(self, call: Call) -> Mapping[str, Any]:
+    def share_keys(self, k: Tensor) -> Tensor:
         """Lay out grouped keys so that the two maps of a head keep their own.
 
         The host hands query head s the key head s // (H / G), which is the official grouping.
         """
-        if self._pairs_keys:
-            call.k = pair_keys(call.k, call.q.shape[1] // 2)
-        return {}
-
-    def incompatible(self, host: Attention) -> str | None:
-        """Parts that read grouped keys before they are paired."""
-        if not self._pairs_keys:
-            return None
-        for kind in ("position", "score", "select"):
-            part = getattr(host, kind)
-            if type(part).prepare is not Part.prepare:
-                return (
-                    f"'differential' with kv_grouping='pair' cannot share grouped keys with "
-                    f"{host.part_names[kind]!r}, which reads them per group; "
-                    "use kv_grouping='official' or as many kv_heads as heads"
-                )
-        return None
+        if self.kv_grouping == "official" or self.repeats == 1:
+            return k  # without groups, key head s is query head s in either reading
+        return pair_keys(k, k.shape[1] // 2 * self.repeats)
 
     def forward(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         """A_1 - lambda A_2, (B, H, R, M), from scores (B, 2 H, R, M)."""

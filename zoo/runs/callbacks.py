@@ -206,14 +206,14 @@ class Clock(Callback):
 
 
 class Bar(RichProgressBar):
-    """Lightning's bar, over all steps of a run instead of an epoch without end.
+    """Lightning's bar on standard error, over all steps instead of an epoch without end.
 
     Args:
         name: What stands beside it.
     """
 
     def __init__(self, name: str) -> None:
-        super().__init__()
+        super().__init__(console_kwargs={"stderr": True})
         self.name = name
 
     @property
@@ -223,3 +223,9 @@ class Bar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return self.name
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Return what stands beside the bar, without the number of the log."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from zoo.datasets import DataModule
 from zoo.runs import cost, environment
 from zoo.runs.build import CHECKPOINTS, CONFIG, build_task, example
-from zoo.runs.callbacks import Bar, Clock, Keeper
+from zoo.runs.callbacks import Bar, Clock, Diverged, Keeper
 from zoo.runs.checkpoints import LAST, AtomicCheckpointIO, keeper_state, read_checkpoint
 from zoo.runs.config import contents, data_module, identify
 from zoo.runs.records import Record, replace_text, write
@@ -26,6 +28,17 @@ from zoo.runs.setting import setting
 from zoo.tasks import Task
 
 _TERMINATED = 128 + 15  # what a shell reports of a process that SIGTERM ended
+
+
+@contextmanager
+def _endings() -> Iterator[None]:
+    """Let interrupts end the process in the usual ways, not in Lightning's."""
+    try:
+        yield
+    except SIGTERMException:
+        raise SystemExit(_TERMINATED) from None
+    except SystemExit:  # what Lightning makes of an interrupt from the keyboard
+        raise KeyboardInterrupt from None
 
 
 @dataclass
@@ -84,10 +97,13 @@ class Training:
             self._main = trainer.is_global_zero
             self._facts["device"] = environment.device(trainer.strategy.root_device)
             try:
-                self._fit(trainer, task, data, state)
-            finally:
+                with _endings():
+                    self._fit(trainer, task, data, state)
+                    self._test(trainer, task, data)
+            except Diverged:
                 self._measure(trainer, task, data)
-            self._test(trainer, task, data)
+                raise
+            self._measure(trainer, task, data)
 
     def _trainer(self, device: str, bar: bool) -> Trainer:
         given = self.config.trainer
@@ -130,12 +146,7 @@ class Training:
                 self.keeper.load_state_dict(state)
                 self.clock.load_state_dict(read_checkpoint(last)["callbacks"][self.clock.state_key])
                 return
-        try:
-            trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
-        except SIGTERMException:
-            raise SystemExit(_TERMINATED) from None
-        except SystemExit:  # what Lightning makes of an interrupt from the keyboard
-            raise KeyboardInterrupt from None
+        trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
 
     def _test(self, trainer: Trainer, task: Task, data: DataModule) -> None:
         """Evaluate the checkpoint that was best on validation on every test set, once."""

@@ -1,4 +1,7 @@
-"""Every pair may meet, as far as causality and the caller's mask let it."""
+"""Every pair may meet, as far as causality and the caller's mask let it.
+
+Plain attention (Vaswani et al. 2017, section 3.2).
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,73 @@
+"""Every recipe that ships: it runs, or says at once what it needs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from zoo.errors import ZooError
+from zoo.models.decoder_lm import DecoderLM
+from zoo.runs.build import build_task
+from zoo.runs.config import data_module, load, recipes
+from zoo.runs.train import run
+
+# What they train on has to be fetched; all others come with the packages or are generated.
+HUB = {"cifar10": "digits", "fashion_mnist": "digits", "wikitext103": "bytes_stdlib"}
+QUICK = ["steps=2", "trainer.eval_every=1", "batch=4", "model.dim=16", "model.heads=2"]
+SMALL = {
+    "tagging": ["data.val_size=8", "data.test_size=8"],
+    "language": ["data.max_bytes=40000", "data.val_windows=2", "data.test_windows=2"],
+    "classification": [],
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(recipes()) - set(HUB)))
+def test_a_recipe_runs(name, tmp_path):
+    config = load(name)
+    record = run(
+        name,
+        [*QUICK, *SMALL[config.task]],
+        records=tmp_path / "records",
+        runs=tmp_path / "runs",
+        quiet=True,
+    )
+    assert (record.status, record.steps) == ("finished", 2)
+    assert math.isfinite(record.metrics[config.metrics.report])
+    assert record.track == config.track
+
+
+@pytest.mark.parametrize("name", sorted(HUB))
+def test_a_recipe_without_its_data_names_the_embedded_alternative(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("zoo.datasets.fashion_mnist.PACKAGE_FOLDER", tmp_path / "nothing")
+    with pytest.raises(ZooError, match=HUB[name]) as caught:
+        run(name, QUICK, records=tmp_path / "records", runs=tmp_path / "runs", quiet=True)
+    assert "root=FOLDER" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(HUB))
+def test_the_model_of_a_recipe_that_cannot_run_here_can_be_built(name):
+    config = load(name)
+    task = build_task(config, data_module(config))
+    assert sum(p.numel() for p in task.parameters()) > 10_000
+
+
+@pytest.mark.parametrize("name", [n for n in recipes() if load(n).model.name == "decoder_lm"])
+def test_every_split_fits_into_the_model(name):
+    config = load(name)
+    data = data_module(config)
+    model = build_task(config, data).model
+    assert isinstance(model, DecoderLM)
+    assert model.max_len == getattr(data, "max_seq_len", data.seq_len)
+    assert bool(model.blocks[0].conv) == (config.model.conv > 0)
+
+
+def test_every_recipe_states_a_fair_budget():
+    for name in recipes():
+        config = load(name)
+        assert config.metrics.report.startswith("test/")
+        assert config.optim.lr in config.budget.lrs
+        assert config.budget.seeds >= 3
+        assert len(config.budget.lrs) >= 3
+        assert config.trainer.max_steps % config.trainer.eval_every == 0
+        assert len(config.description) > 10
