@@ -76,7 +76,13 @@ class MHA(Project):
         self, x: Tensor, context: Tensor | None, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Project.forward`."""
-        rows = self.sizes[0]
+        layout, rows = self.layout, self.sizes[0]
+        if context is None and layout.qk_dim == layout.v_dim:
+            # One view of all heads: half the fixed cost of cutting channels first.
+            counts = (layout.score_heads, layout.k_heads, layout.v_heads)
+            heads = self._heads(self.qkv(x), sum(counts))
+            q, k, v = heads.split_with_sizes(counts, 1)
+            return q, k, v
         if context is None:
             q, kv = self.qkv(x).split((rows, sum(self.sizes) - rows), -1)
         else:
@@ -85,9 +91,9 @@ class MHA(Project):
             kv = F.linear(context, weight[rows:], None if bias is None else bias[rows:])
         k, v = kv.split(self.sizes[1:], -1)
         return (
-            self._heads(q, self.layout.score_heads),
-            self._heads(k, self.layout.k_heads),
-            self._heads(v, self.layout.v_heads),
+            self._heads(q, layout.score_heads),
+            self._heads(k, layout.k_heads),
+            self._heads(v, layout.v_heads),
         )
 
     def queries(self, x: Tensor) -> Tensor:
