@@ -91,12 +91,14 @@ def test_layers_that_disagree_on_the_embedding_are_refused():
         build(attention="mha+sinusoidal", layers={"first": "mha+learned"})
 
 
-def test_initialisation_is_small_and_residual_outputs_are_scaled():
+def test_initialisation_goes_by_width_and_residual_outputs_are_scaled():
     model = build(dim=64, depth=8)
-    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.embedding.weight.std().item() == pytest.approx(1 / 8, rel=0.1)
+    assert model.blocks[3].attn.project.qkv.weight.std().item() == pytest.approx(1 / 8, rel=0.1)
     proj = model.blocks[0].attn.combine.proj.weight
-    assert proj.std().item() == pytest.approx(0.02 / 4, rel=0.1)
-    assert model.blocks[0].mlp.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.1)
+    assert proj.std().item() == pytest.approx(1 / 8 / 4, rel=0.1)
+    down = model.blocks[0].mlp.down.weight
+    assert down.std().item() == pytest.approx(down.shape[1] ** -0.5 / 4, rel=0.1)
 
 
 def test_a_special_initialisation_survives_the_models_own():

@@ -343,7 +343,7 @@ def halted(tmp_path, interrupt):
     return folder
 
 
-def test_a_checkpoint_that_is_none_is_refused(halted):
+def test_a_checkpoint_that_is_none_is_refused(halted, tmp_path):
     last = halted / "checkpoints" / "last.ckpt"
     content = last.read_bytes()
     for broken, said in (
@@ -353,12 +353,13 @@ def test_a_checkpoint_that_is_none_is_refused(halted):
     ):
         last.write_bytes(broken)
         with pytest.raises(ZooError, match=said) as caught:
-            resume(halted, quiet=True)
+            resume(halted, records=tmp_path / "records", quiet=True)
         assert "\n" not in str(caught.value)
     for foreign in ({"weights": 1}, [1], {"state_dict": {}, "global_step": 3}):
         torch.save(foreign, last)
         with pytest.raises(ZooError, match="is not a checkpoint of a run of the zoo"):
-            resume(halted, quiet=True)
+            resume(halted, records=tmp_path / "records", quiet=True)
+    assert not list(tmp_path.glob("records/*"))
 
 
 def test_a_changed_recipe_is_refused(halted, tmp_path):

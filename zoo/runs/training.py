@@ -48,6 +48,9 @@ class Training:
     Args:
         config: Its configuration.
         folder: Its folder; a checkpoint in it is gone on from.
+
+    Raises:
+        ZooError: This machine lacks the device, or the checkpoint is not one of this run.
     """
 
     config: DictConfig
@@ -70,6 +73,9 @@ class Training:
             checkpoint_every=trainer.checkpoint_every,
             stop_at=trainer.stop_at,
         )
+        self._accelerator = accelerator(trainer.accelerator)
+        last = self.folder / CHECKPOINTS / LAST
+        self._state = keeper_state(last, self.identity.config_hash) if last.is_file() else None
 
     def run(self, *, bar: bool) -> None:
         """Train from the start or from the last checkpoint, then evaluate the best once.
@@ -79,11 +85,9 @@ class Training:
 
         Raises:
             Diverged: The loss is no longer a finite number.
-            ZooError: The data, the model or the checkpoint are not what they should be.
+            ZooError: The data or the model are not what they should be.
         """
-        device = accelerator(self.config.trainer.accelerator)
         last = self.folder / CHECKPOINTS / LAST
-        state = keeper_state(last, self.identity.config_hash) if last.is_file() else None
         for draft in last.parent.glob(".*.tmp"):  # what a kill left of a checkpoint
             draft.unlink()
         if not (self.folder / CONFIG).is_file():
@@ -93,24 +97,24 @@ class Training:
         self._data = data
         with setting(self.config.seed):
             task = build_task(self.config, data)
-            trainer = self._trainer(device, bar)
+            trainer = self._trainer(bar)
             self._main = trainer.is_global_zero
             self._facts["device"] = environment.device(trainer.strategy.root_device)
             try:
                 with _endings():
-                    self._fit(trainer, task, data, state)
+                    self._fit(trainer, task, data)
                     self._test(trainer, task, data)
             except Diverged:
                 self._measure(trainer, task, data)
                 raise
             self._measure(trainer, task, data)
 
-    def _trainer(self, device: str, bar: bool) -> Trainer:
+    def _trainer(self, bar: bool) -> Trainer:
         given = self.config.trainer
         callbacks: list[Callback] = [self.clock, self.keeper]
         minutes = given.max_minutes
         return Trainer(
-            accelerator=device,
+            accelerator=self._accelerator,
             devices=given.devices,
             strategy=given.strategy,
             precision=given.precision,
@@ -132,18 +136,16 @@ class Training:
             default_root_dir=self.folder,
         )
 
-    def _fit(
-        self, trainer: Trainer, task: Task, data: DataModule, state: dict[str, Any] | None
-    ) -> None:
+    def _fit(self, trainer: Trainer, task: Task, data: DataModule) -> None:
         root = trainer.strategy.root_device
         if root.type == "cuda":
             torch.cuda.reset_peak_memory_stats(root)
         last = None
-        if state is not None:
+        if self._state is not None:
             last = self.folder / CHECKPOINTS / LAST
-            data.start_step = state["step"]
-            if state["over"]:
-                self.keeper.load_state_dict(state)
+            data.start_step = self._state["step"]
+            if self._state["over"]:
+                self.keeper.load_state_dict(self._state)
                 self.clock.load_state_dict(read_checkpoint(last)["callbacks"][self.clock.state_key])
                 return
         trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
