@@ -39,7 +39,7 @@ demo: install
 	@echo "==> training mha, linear and sliding_window on three recipes, $(JOBS) runs at a time"
 	@$(BIN)/zoo sweep mqar '$(DEMO_SPECS)' $(DEMO_SWEEP)
 	@$(BIN)/zoo sweep bytes '$(DEMO_SPECS)' steps=200 $(DEMO_SWEEP)
-	@$(BIN)/zoo sweep digits '$(DEMO_SPECS)' steps=300 $(DEMO_SWEEP)
+	@$(BIN)/zoo sweep digits '$(DEMO_SPECS)' steps=400 $(DEMO_SWEEP)
 	@$(BIN)/zoo leaderboard --records $(DEMO)/records --output $(DEMO)/leaderboard.md --print
 
 test: install lint
