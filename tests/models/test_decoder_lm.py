@@ -222,6 +222,9 @@ def test_a_sequence_longer_than_the_table_is_refused():
 
 def test_models_are_made_by_name_and_bad_names_are_refused():
     model = models.create("decoder_lm", vocab_size=5, dim=16, heads=2)
+    assert {"decoder_lm", "resnet", "vit"} <= set(models.names())
+    with pytest.raises(zoo.ZooError, match="is taken"):
+        models.model("vit")(DecoderLM)
     assert isinstance(model, DecoderLM)
     with pytest.raises(zoo.ZooError, match="did you mean 'decoder_lm'"):
         models.create("decoder")

@@ -1,27 +1,51 @@
-"""Models that host attention, by name: a decoder for sequences, timm's ViT and ResNet."""
+"""Models that host attention, by name: a decoder for sequences, timm's ViT and ResNet.
+
+A model registers itself where it is written, with ``@model("name")``; modules are found by walking
+this package when a model is first asked for, since some of them bring in timm.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
+import pkgutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from zoo.errors import ZooError, unknown
 
-# Where each model lives; imported on demand because the vision models bring in timm.
-_MODELS = {
-    "decoder_lm": "zoo.models.decoder_lm:DecoderLM",
-    "vit": "zoo.models.vision:vit",
-    "resnet": "zoo.models.vision:resnet",
-}
+_models: dict[str, Callable[..., nn.Module]] = {}
+F = TypeVar("F", bound=Callable[..., nn.Module])
+
+
+def model(name: str) -> Callable[[F], F]:
+    """Decorator that registers a class or function that builds a model.
+
+    Raises:
+        ZooError: The name is taken.
+    """
+
+    def add(make: F) -> F:
+        if name in _models:
+            raise ZooError(f"model name {name!r} is taken by {_models[name].__module__}")
+        _models[name] = make
+        return make
+
+    return add
+
+
+def _discover() -> None:
+    for item in pkgutil.iter_modules(__path__, __name__ + "."):
+        importlib.import_module(item.name)
 
 
 def names() -> list[str]:
     """Names of the models."""
-    return sorted(_MODELS)
+    _discover()
+    return sorted(_models)
 
 
 def factory(name: str) -> Callable[..., nn.Module]:
@@ -30,10 +54,14 @@ def factory(name: str) -> Callable[..., nn.Module]:
     Raises:
         ZooError: Unknown name.
     """
-    if name not in _MODELS:
-        raise unknown("model", name, _MODELS)
-    module, _, attribute = _MODELS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    own = f"{__name__}.{name}"
+    if name not in _models and name.isidentifier() and importlib.util.find_spec(own):
+        importlib.import_module(own)  # spares a decoder the import of timm
+    if name not in _models:
+        _discover()
+    if name not in _models:
+        raise unknown("model", name, _models)
+    return _models[name]
 
 
 def create(name: str, /, **options: Any) -> nn.Module:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zoo.cache import Cache, LayerCache
 from zoo.errors import ZooError
 from zoo.factory import create
+from zoo.models import model
 from zoo.parts import Part, Position, build
 from zoo.registry import info
 from zoo.spec import DEFAULTS, PartSpec, layout, parse, without
@@ -138,6 +139,7 @@ class Block(nn.Module):
         return x
 
 
+@model("decoder_lm")
 class DecoderLM(nn.Module):
     """Causal language model over any mechanism of the zoo.
 

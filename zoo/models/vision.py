@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from zoo.errors import ZooError, unknown
+from zoo.models import model
 from zoo.parts import Position, build
 from zoo.spec import PartSpec, layout, parse, without
 from zoo.timm import feature, init_special, swap
@@ -25,6 +26,7 @@ _POOLS = ("avg", "avgmax", "max", "token")
 _STEMS = ("small", "large")
 
 
+@model("vit")
 def vit(
     attention: str | Mapping[str, Any] = "mha",
     *,
@@ -167,6 +169,7 @@ def _take_embedding(specs: list[str]) -> tuple[list[str], PartSpec | None]:
     return rest, next(iter(found.values()), None)
 
 
+@model("resnet")
 def resnet(
     attention: str | type[nn.Module] | None = None,
     *,
