@@ -80,7 +80,8 @@ def test_overrides_change_values_by_full_and_by_short_name():
     assert config.optim.betas == [0.8, 0.9]
     assert config.data.test_sizes == [[48, 6]]
     assert config.model.layers == {"first": "mha"}
-    assert load("mqar", ["data.name=mqar"]).data.vocab_size == 256
+    small = load("mqar", ["data.name=mqar_small"]).data
+    assert (small.name, small.seq_len, small.pairs, small.vocab_size) == ("mqar", 32, 4, 128)
 
 
 def test_the_attention_is_brought_into_its_canonical_form():
