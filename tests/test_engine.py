@@ -306,3 +306,20 @@ def test_mask_scores_stay_finite() -> None:
     assert torch.equal(found[0, 0][mask], scores[0, 0][mask])
     assert bool((found[0, 0][~mask] < -1e30).all())
     assert mask_scores(scores, None) is scores
+
+
+def test_the_backward_pass_needs_memory_linear_in_the_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from zoo.bench import memory
+
+    monkeypatch.setitem(engine.WHOLE_BYTES, "cpu", 0)
+    monkeypatch.setitem(engine.STRIP_BYTES, "cpu", 2**16)
+    host = zoo.create("mha", 32, 2, causal=True, route="engine")
+
+    def used(length: int) -> int:
+        x = torch.randn(1, length, 32, requires_grad=True)
+        return memory.peak(lambda: host(x).sum().backward(), "cpu")
+
+    # Doubled twice: 4 where memory is linear, 16 where every strip keeps a gradient of its own.
+    assert used(2048) < 6 * used(512)

@@ -74,7 +74,7 @@ def strips(call: Call, select: Select, whole: bool = False) -> Iterator[Strip]:
                 first, last = max(first, bounds[0]), min(last, bounds[1])
             first = min(first, last)
             keys = slice(first, last)
-            yield Strip(call, lot, part, keys, q, call.k[lot, :, keys], call.v[lot, :, keys])
+            yield Strip(call, lot, part, keys, q)
 
 
 def _cut(x: Tensor | None, strip: Strip) -> Tensor | None:

@@ -105,8 +105,6 @@ class Strip:
         rows: Queries of the strip.
         keys: Keys of the strip.
         q: Queries of the strip, (B, score_heads, R, qk_dim).
-        k: Keys of the strip, (B, k_heads, M, qk_dim).
-        v: Values of the strip, (B, v_heads, M, v_dim).
         mask: Which pairs may meet, broadcastable to (B, score_heads, R, M), or None for all.
     """
 
@@ -115,9 +113,20 @@ class Strip:
     rows: slice
     keys: slice
     q: Tensor
-    k: Tensor
-    v: Tensor
     mask: Tensor | None = None
+
+    # Keys and values are cut where they are used, not when strips are planned: autograd goes
+    # backwards in the order of creation, and would keep every strip's gradient of an early cut.
+
+    @property
+    def k(self) -> Tensor:
+        """Keys of the strip, (B, k_heads, M, qk_dim)."""
+        return self.call.k[self.batch, :, self.keys]
+
+    @property
+    def v(self) -> Tensor:
+        """Values of the strip, (B, v_heads, M, v_dim)."""
+        return self.call.v[self.batch, :, self.keys]
 
     @property
     def scale(self) -> float:
