@@ -21,7 +21,7 @@ from zoo.registry import SOCKETS
 
 TINY: dict[str, Any] = {"image_shape": (1, 8, 8), "num_classes": 10}
 SMALL: dict[str, Any] = {**TINY, "patch": 2, "dim": 16, "depth": 2, "heads": 2}
-RESNET: dict[str, Any] = {**TINY, "name": "resnet10t", "width": 8}
+RESNET: dict[str, Any] = {**TINY, "variant": "resnet10t", "width": 8}
 MIXERS = zoo.list(kind=[*SOCKETS, "mixer"])
 FEATURES = [None, "se", "eca", "cbam", *zoo.list(kind="feature")]
 
@@ -272,8 +272,8 @@ def test_causal_only_mechanisms_say_so() -> None:
 BAD_RESNETS: dict[str, tuple[dict[str, Any], str]] = {
     "token mixer": ({"attention": "mha"}, r"'mha' is of kind 'project'.+zoo\.timm\.bind"),
     "unknown": ({"attention": "sse"}, "unknown feature mechanism 'sse'; did you mean"),
-    "name": ({"name": "resnet12"}, "unknown name of a ResNet 'resnet12'; did you mean"),
-    "attentive name": ({"name": "seresnet18"}, "unknown name of a ResNet"),
+    "variant": ({"variant": "resnet12"}, "unknown variant of a ResNet 'resnet12'; did you mean"),
+    "attentive variant": ({"variant": "seresnet18"}, "unknown variant of a ResNet"),
     "width": ({"width": 7}, "width=7 must be even"),
     "stem": ({"stem": "tiny"}, "unknown stem 'tiny'"),
     "shape": ({"image_shape": (1, 8)}, "image_shape"),

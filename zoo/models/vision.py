@@ -175,7 +175,7 @@ def resnet(
     *,
     image_shape: Sequence[int],
     num_classes: int,
-    name: str = "resnet18",
+    variant: str = "resnet18",
     width: int = 64,
     stem: str = "small",
     zero_init_last: bool = True,
@@ -189,7 +189,7 @@ def resnet(
             `zoo.timm.TIMM_FEATURES`), a class, or None for the plain network.
         image_shape: Channels, height and width.
         num_classes: Logits.
-        name: Plain ResNet of timm, e.g. resnet10t, resnet14t, resnet18, resnet50.
+        variant: Plain ResNet of timm, e.g. resnet10t, resnet14t, resnet18, resnet50.
         width: Channels of the stem and the first stage; each later stage has twice as many. For
             8 x 8 digits 16 are plenty. Even.
         stem: "small" is a 3 x 3 convolution that keeps the size (images up to about 64 pixels),
@@ -209,12 +209,12 @@ def resnet(
     for option, value in {"dropout": dropout, "drop_path": drop_path}.items():
         _rate(option, value)
     known = [n for n in timm.list_models(module="resnet") if re.fullmatch(r"resnet\d+[a-z]?", n)]
-    if name not in known:
-        raise unknown("name of a ResNet", name, known)
+    if variant not in known:
+        raise unknown("variant of a ResNet", variant, known)
     if stem not in _STEMS:
         raise unknown("stem", stem, _STEMS)
     model: Any = timm.create_model(
-        name,
+        variant,
         in_chans=channels,
         num_classes=num_classes,
         channels=tuple(width * 2**stage for stage in range(4)),
