@@ -69,14 +69,8 @@ def _plain_softmax(host: Attention, call: Call) -> str | None:
     return None
 
 
-def _refuse_sdpa(host: Attention, call: Call) -> str | None:
-    reason = _plain_softmax(host, call)
-    if reason:
-        return reason
-    if host.position.biases:
-        return f"position {host.part_names['position']!r} biases the scores"
-    if host.part_names["select"] != "all":
-        return f"select {host.part_names['select']!r} hides pairs"
+def refuse_masks(call: Call) -> str | None:
+    """Reason why one fused call cannot take the masks and biases of a pass, or None."""
     rows, keys = call.q.shape[2], call.k.shape[2]
     if call.causal and rows > 1:
         if rows != keys:
@@ -88,6 +82,17 @@ def _refuse_sdpa(host: Attention, call: Call) -> str | None:
     if call.mask is not None and call.mask.shape[2] > 1:
         return "rows of the mask may be empty"
     return None
+
+
+def _refuse_sdpa(host: Attention, call: Call) -> str | None:
+    reason = _plain_softmax(host, call)
+    if reason:
+        return reason
+    if host.position.biases:
+        return f"position {host.part_names['position']!r} biases the scores"
+    if host.part_names["select"] != "all":
+        return f"select {host.part_names['select']!r} hides pairs"
+    return refuse_masks(call)
 
 
 def _run_sdpa(host: Attention, call: Call) -> Tensor:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from zoo.errors import ZooError, unknown
 from zoo.parts import Call, Layout, Normalize, mask_scores, repeat_heads
 from zoo.registry import Paper, Taxonomy, register
-from zoo.routes import Route
+from zoo.routes import Route, refuse_masks
 
 if TYPE_CHECKING:
     from zoo.attention import Attention
@@ -104,17 +104,7 @@ def _refuse(host: Attention, call: Call) -> str | None:
         return f"position {host.part_names['position']!r} biases the scores"
     if call.dropout:
         return "dropout falls on the difference of the maps, which it never forms"
-    rows, keys = call.q.shape[2], call.k.shape[2]
-    if call.causal and rows > 1:
-        if rows != keys:
-            return "its causal mask starts top-left, but there are cached keys"
-        if call.mask is not None or call.bias is not None:
-            return "it takes no mask or bias beside is_causal"
-    if call.mask is not None and call.bias is not None:
-        return "it takes a mask or a bias, not both"
-    if call.mask is not None and call.mask.shape[2] > 1:
-        return "rows of the mask may be empty"
-    return None
+    return refuse_masks(call)
 
 
 def _run(host: Attention, call: Call) -> Tensor:
