@@ -93,8 +93,8 @@ def check_documented(build: Build) -> None:
     for option in entry.options:
         assert re.search(rf"^\s+{option}: \S", documented, re.M), f"option {option!r} undocumented"
     for value in entry.layers.values():
-        if isinstance(value, str):
-            parse(value)
+        if isinstance(value, str) and value not in ("plain", "same"):
+            assert [part.entry.kind for part in parse(value)] == [entry.kind], f"layers: {value}"
 
 
 def check_tested(build: Build) -> None:

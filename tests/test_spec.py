@@ -65,9 +65,9 @@ class Module:
 
 
 PARTS = {
-    "sharp_t": ("score", Sharp, {}),
+    "sharp_t": ("score", Sharp, {"default": "plain", "first": "same"}),
     "near_t": ("select", Near, {}),
-    "norm_t": ("normalize", Norm, {"first": "mha", "every": 3, "other": "near_t"}),
+    "norm_t": ("normalize", Norm, {"first": "plain", "every": 3, "other": "entmax"}),
     "whole_t": ("attend", Whole, {}),
     "module_t": ("mixer", Module, {}),
 }
@@ -263,13 +263,27 @@ def test_layout(attention: Any, layers: Any, expected: str) -> None:
 
 
 def test_layout_of_the_paper_unless_told_otherwise() -> None:
-    paper = ["mha", "norm_t", "near_t", "norm_t"]
+    paper = ["mha", "norm_t", "entmax", "norm_t"]
     assert layout("norm_t", 4) == paper
     assert layout({"default": "norm_t"}, 4) == paper
-    assert layout("rope+norm_t", 4)[1] == "rope+norm_t"
     assert layout("norm_t", 4, {"first": "same"}) == ["norm_t"] * 4
     assert layout("norm_t", 3, {"last": "mha"}) == ["norm_t", "norm_t", "mha"]
-    assert layout("norm_t", 1) == ["mha"]
+
+
+def test_a_declared_layout_touches_only_the_sockets_of_its_part() -> None:
+    assert layout("rope+norm_t(width=2)", 4) == [
+        "rope",
+        "rope+norm_t(width=2)",
+        "rope+entmax",
+        "rope+norm_t(width=2)",
+    ]
+    both = layout("norm_t+sharp_t", 4)
+    assert both == ["sharp_t", "norm_t", "entmax", "norm_t"]
+
+
+def test_a_model_too_shallow_for_a_declared_layout_keeps_the_part() -> None:
+    assert layout("norm_t", 1) == ["norm_t"]
+    assert layout("norm_t+sharp_t", 1) == ["norm_t+sharp_t"]
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,8 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.layout.qk_dim, eps=1e-6, **norm) if qk_norm else None
         self.head_gate: Tensor | None = None
         self._recorder: list[Captured] | None = None
+        for filling in self.socket_parts():
+            filling.attach(self)
         self._check_pairs(filled)
         self.route = route
 
@@ -306,6 +308,8 @@ class Attention(nn.Module):
             y = self.attend(call)
         else:
             y = routes.choose(self, call).run(self, call)
+        y = self.project.finish(y)
+        if self.attend is None:
             y = self.normalize.finish(y)
         if cache is not None:
             cache.length += x.shape[1]
@@ -316,7 +320,7 @@ class Attention(nn.Module):
         weights = self._weights(call, strict=need_weights) if need_weights or record else None
         if self._recorder is not None:
             self._recorder.append(Captured(x, weights, y))
-        out = self.combine(y, x)
+        out = self.combine(y, x, call.prepared.get(self.combine.kind, {}))
         if not need_weights:
             return out
         assert weights is not None
@@ -420,6 +424,7 @@ class Attention(nn.Module):
                 k, v, new_pos, k_start = self._remember(cache, k, v, new_pos)
             elif cached is None:
                 k, v = cache.extend("cross_k", k), cache.extend("cross_v", v)
+        k, v = self.project.read(k, v)
         if self.attend is None:
             k = self.normalize.share_keys(k)
         call = Call(

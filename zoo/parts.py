@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -218,9 +219,18 @@ class Part(nn.Module):
         """Compute, once per pass and differentiably, what all strips share."""
         return {}
 
+    def attach(self, host: Attention) -> None:
+        """Look at the other parts of `host`, once all of them are built."""
+
     def incompatible(self, host: Attention) -> str | None:
         """Reason why this part cannot work in `host`, naming the other part, or None."""
         return None
+
+    def tie(self, first: Part) -> None:
+        """Share parameters with `first`, the part of the same name in a model's first such layer.
+
+        Models call it on every layer; parts that share nothing between layers ignore it.
+        """
 
     def routes(self) -> tuple[Route, ...]:
         """Fast routes that this part brings, best first."""
@@ -254,6 +264,17 @@ class Project(Part):
     def queries(self, x: Tensor) -> Tensor:
         """Only q, for cross-attention whose keys are cached."""
         raise ZooError(f"{type(self).__name__} does not define queries; it cannot cache a context")
+
+    def read(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the heads their keys and values, those from the cache included.
+
+        The cache holds what went in; k and v may leave with more heads than they came with.
+        """
+        return k, v
+
+    def finish(self, y: Tensor) -> Tensor:
+        """Change the heads' outputs (B, heads, N, v_dim) before anything else does."""
+        return y
 
 
 class Position(Part):
@@ -364,8 +385,19 @@ class Combine(Part):
 
     kind = "combine"
 
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """(B, N, C) from the heads' outputs y (B, heads, N, v_dim) and the layer's input x."""
+    def forward(
+        self, y: Tensor, x: Tensor, prepared: Mapping[str, Any] = MappingProxyType({})
+    ) -> Tensor:
+        """Join the heads.
+
+        Args:
+            y: Outputs of the heads, (B, heads, N, v_dim).
+            x: Input of the layer, (B, N, C).
+            prepared: What the part's `prepare` returned for this pass.
+
+        Returns:
+            (B, N, C).
+        """
         raise ZooError(f"{type(self).__name__} does not define forward")
 
 
@@ -373,3 +405,19 @@ def build(cls: type, facts: Mapping[str, Any], options: Mapping[str, Any]) -> An
     """Construct a part, handing it the facts its constructor asks for and the user's options."""
     wanted = inspect.signature(cls).parameters
     return cls(**{k: v for k, v in facts.items() if k in wanted}, **options)
+
+
+def tie_layers(model: nn.Module) -> None:
+    """Let parts share parameters with the first layer that has a part of the same name.
+
+    Args:
+        model: Holds the hosts, registered from the first layer to the last.
+    """
+    firsts: dict[str, Part] = {}
+    for host in model.modules():
+        names = getattr(host, "part_names", {})
+        for kind, name in names.items():
+            part = getattr(host, kind)
+            first = firsts.setdefault(name, part)
+            if first is not part:
+                part.tie(first)

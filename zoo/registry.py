@@ -312,7 +312,9 @@ def register(
         traits: Promises that the contract tests check.
         parameters: Parameter count as an expression of host facts and options.
         aliases: Further names.
-        layers: The paper's layout of layers, used by models when none is given.
+        layers: The paper's layout of layers, used by models when none is given: the keys of
+            `zoo.spec.layout` with "plain" (the socket's default), "same" (this part) or another
+            part for the socket.
         notes: Remarks.
 
     Raises:

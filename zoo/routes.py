@@ -30,11 +30,14 @@ class Route:
         name: Short name, used in explanations and as the host's `route` argument.
         refuse: Reason why the route cannot take this pass, or None.
         run: Outputs of the heads, (B, heads, N, v_dim).
+        auto: Whether a host may take it without being told to. The straightforward form of a
+            mechanism is a route that only its name brings: something to compare with.
     """
 
     name: str
     refuse: Callable[[Attention, Call], str | None]
     run: Callable[[Attention, Call], Tensor]
+    auto: bool = True
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,8 @@ def names(host: Attention) -> list[str]:
     """Names that the host's `route` may have."""
     if host.attend is not None:
         return ["auto", host.part_names["attend"]]
-    return ["auto", *(route.name for route in candidates(host)), DENSE.name]
+    found = [route.name for route in candidates(host)]
+    return ["auto", *dict.fromkeys(found), DENSE.name]
 
 
 def choose(host: Attention, call: Call) -> Route:
@@ -157,12 +161,16 @@ def choose(host: Attention, call: Call) -> Route:
     """
     routes = candidates(host)
     if host.route == "auto":
-        return next(route for route in routes if route.refuse(host, call) is None)
-    route = next(route for route in [*routes, DENSE] if route.name == host.route)
-    reason = route.refuse(host, call)
-    if reason:
-        raise ZooError(f"route={host.route!r} cannot take this pass: {reason}")
-    return route
+        return next(route for route in routes if route.auto and not route.refuse(host, call))
+    # Two parts may bring a route of one name, such as their straightforward form.
+    reasons = []
+    for route in [*routes, DENSE]:
+        if route.name == host.route:
+            reason = route.refuse(host, call)
+            if not reason:
+                return route
+            reasons.append(reason)
+    raise ZooError(f"route={host.route!r} cannot take this pass: {'; '.join(reasons)}")
 
 
 def explain(host: Attention, call: Call) -> Explanation:
@@ -171,6 +179,8 @@ def explain(host: Attention, call: Call) -> Explanation:
     refused: dict[str, str] = {}
     skipped = []
     for route in candidates(host):
+        if not route.auto:
+            continue
         reason = route.refuse(host, call)
         if reason:
             refused[route.name] = reason

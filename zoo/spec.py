@@ -210,13 +210,17 @@ def layout(
 ) -> list[str]:
     """Specification of each layer of a model.
 
+    Where nothing but the default is given, each part follows the layout that its paper declares:
+    in the other layers its socket falls back, and the rest of the specification stays. A model
+    too shallow to keep the part in any layer has it in all of them.
+
     Args:
         attention: One spec for all layers, or a mapping with the keys ``default``, ``first``,
             ``last``, ``every`` (int n) and ``other`` (spec of every n-th layer).
         depth: Number of layers.
-        layers: The same keys apart from ``default``; None entries count as absent. Where neither
-            says anything, the layout that the default's paper declares is used; the entry
-            ``{"first": "same"}`` (or any other key with the value ``"same"``) switches it off.
+        layers: The same keys apart from ``default``; None entries count as absent. The value
+            ``"same"`` stands for the default, so ``{"first": "same"}`` switches declared layouts
+            off.
 
     Raises:
         ZooError: Unknown key, ``every`` without ``other`` or the reverse, or ``every`` < 1.
@@ -227,28 +231,51 @@ def layout(
     if isinstance(attention, str):
         given["default"] = attention
     given.update({k: v for k, v in (layers or {}).items() if v is not None})
+    if "default" not in given:
+        raise ZooError("layers: the key 'default' is missing; it names the spec of most layers")
+    specs = _declared(given["default"], depth) if len(given) == 1 else _spread(given, depth)
+    specs = [given["default"] if spec == "same" else spec for spec in specs]
+    for spec in set(specs):
+        parse(spec)
+    return specs
+
+
+def _spread(given: Mapping[str, Any], depth: int) -> list[Any]:
+    """Value of each layer, by the keys of a layout."""
     for key in given:
         if key not in LAYOUT_KEYS:
             raise unknown("key of layers", key, LAYOUT_KEYS)
-    if "default" not in given:
-        raise ZooError("layers: the key 'default' is missing; it names the spec of most layers")
-    default = given["default"]
-    if len(given) == 1:
-        for part in parse(default):
-            given.update(part.entry.layers)
     if ("every" in given) != ("other" in given):
         raise ZooError("layers: 'every' (a number) and 'other' (a spec) go together")
-    specs = [default] * depth
+    values = [given["default"]] * depth
     if "every" in given:
         step = given["every"]
         if not isinstance(step, int) or step < 1:
             raise ZooError(f"layers: every={step!r} must be a whole number of at least 1")
         for i in range(step - 1, depth, step):
-            specs[i] = given["other"]
+            values[i] = given["other"]
     for key, index in (("first", 0), ("last", -1)):
         if key in given:
-            specs[index] = given[key]
-    specs = [default if spec == "same" else spec for spec in specs]
-    for spec in set(specs):
-        parse(spec)
+            values[index] = given[key]
+    return values
+
+
+def _declared(spec: str, depth: int) -> list[str]:
+    """Specification of each layer by what the parts of `spec` declare."""
+    parts = parse(spec)
+    choices: dict[str, list[str]] = {}
+    for part in parts:
+        chosen = _spread({"default": "same", **part.entry.layers}, depth)
+        if "same" in chosen and set(chosen) != {"same"}:
+            choices[part.name] = chosen
+    if not choices:
+        return [spec] * depth
+    specs = []
+    for i in range(depth):
+        kept = []
+        for part in parts:
+            choice = choices[part.name][i] if part.name in choices else "same"
+            if choice != "plain":
+                kept.append(str(part) if choice == "same" else choice)
+        specs.append("+".join(kept) or "mha")
     return specs

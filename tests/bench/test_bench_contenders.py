@@ -45,6 +45,28 @@ def test_unknown_names_get_the_nearest(name: str, nearest: str) -> None:
         resolve(name)
 
 
+def test_a_contender_may_name_its_route() -> None:
+    assert resolve("softmax+rope@engine") == f"{zoo.canonical('rope')}@engine"
+    x = torch.randn(1, 8, 16)
+    free, forced = build("mha", FACTS), build("mha@engine", FACTS)
+    assert (route(free, x), route(forced, x)) == ("sdpa", "engine")
+    torch.testing.assert_close(forced.load_state_dict(free.state_dict()) and forced(x), free(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mha@engin", "unknown route 'engin'.*'engine'"),
+        ("mha@", "SPEC@ROUTE"),
+        ("mha@engine@dense", "SPEC@ROUTE"),
+        ("gru@engine", "no routes"),
+    ],
+)
+def test_wrong_routes_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ZooError, match=message):
+        build(resolve(name), FACTS)
+
+
 def test_other_kinds_are_refused() -> None:
     taxonomy = Taxonomy("self", "single", "global", "single", "none", "none", "na")
     register("bench_slots", kind="slots", taxonomy=taxonomy)(nn.Flatten)

@@ -45,6 +45,16 @@ def test_rows_cover_contenders_lengths_and_passes() -> None:
     assert report.failed == []
 
 
+def test_a_slow_contender_is_left_out_at_greater_lengths() -> None:
+    report = measure(Setting(specs=["linear"], lengths=[4, 8], give_up=1e-9, **TINY))
+    assert all(row.error is None for row in report.rows if row.length == 4)
+    for row in report.rows:
+        if row.length == 8:
+            assert "left out: a call took" in str(row.error)
+            assert row.time is None
+    assert report.failed == []
+
+
 def test_flops_are_those_of_the_matrix_products() -> None:
     setting = Setting(specs=[HANDWRITTEN], lengths=[16], causal=False, **TINY)
     dim, n = setting.dim, 16
@@ -59,7 +69,7 @@ def test_flops_are_those_of_the_matrix_products() -> None:
 def test_threads_are_set_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def stage(setting: Setting, length: int, kind: str) -> list[Row]:
+    def stage(setting: Setting, length: int, kind: str, slow: object) -> list[Row]:
         seen.append(torch.get_num_threads())
         raise RuntimeError
 
@@ -168,6 +178,7 @@ def test_growth_is_the_slope_of_the_last_three(power: float) -> None:
         ({"lengths": []}, r"lengths=\[\] must be"),
         ({"lengths": [4, 0]}, "lengths=.* must be"),
         ({"seconds": 0.0}, "seconds=0.0 must be positive"),
+        ({"give_up": 0.0}, "give_up=0.0 must be positive"),
         ({"seconds": math.nan}, "seconds=nan must be positive"),
         ({"device": "cuba"}, "unknown device 'cuba'; did you mean 'cuda'"),
         ({"dtype": "float31"}, "unknown dtype 'float31'; did you mean 'float32'"),

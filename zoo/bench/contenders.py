@@ -1,4 +1,8 @@
-"""What is measured: any token mixer of the zoo, and attention written by hand without a host."""
+"""What is measured: any token mixer of the zoo, and attention written by hand without a host.
+
+A specification may name the route that its host has to take: ``cog@reference`` is the
+straightforward form of ``cog``, ``cog@engine`` the strip engine's.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from zoo.attention import Attention
 from zoo.errors import ZooError, unknown
 from zoo.factory import create
 from zoo.registry import SOCKETS, list_names
-from zoo.spec import canonical, parse
+from zoo.spec import canonical, parse, split
 
 HANDWRITTEN = "handwritten"
 
@@ -58,14 +62,25 @@ def resolve(name: str) -> str:
     """
     if name == HANDWRITTEN:
         return name
+    name, at, forced = split_route(name)
     parts = parse_or_suggest(name)
+    if at and parts[0].entry.kind not in SOCKETS:
+        raise ZooError(f"{name!r} is a {parts[0].entry.kind}: it has no routes to choose from")
     for part in parts:
         if part.entry.kind not in (*SOCKETS, "mixer"):
             raise ZooError(
                 f"{part.name!r} is a {part.entry.kind}; bench takes token mixers (sockets and "
                 f"mixers) and {HANDWRITTEN!r}"
             )
-    return canonical(name) if parts[0].entry.kind in SOCKETS else str(parts[0])
+    return canonical(name) + at + forced if parts[0].entry.kind in SOCKETS else str(parts[0])
+
+
+def split_route(name: str) -> tuple[str, str, str]:
+    """Specification, "@" and route of a contender; the latter two are empty without a route."""
+    pieces = split(name, "@")
+    if len(pieces) > 2 or (len(pieces) == 2 and not pieces[1]):
+        raise ZooError(f"{name!r}: a route is written SPEC@ROUTE, such as mha@engine")
+    return (pieces[0], "@", pieces[1]) if len(pieces) == 2 else (name, "", "")
 
 
 def parse_or_suggest(name: str) -> list[Any]:
@@ -93,6 +108,7 @@ def build(name: str, facts: dict[str, Any]) -> nn.Module:
             raise ZooError(f"dim={facts['dim']} is not divisible by heads={facts['heads']}")
         cls: Any = Handwritten
         return cls(**{k: v for k, v in facts.items() if k in inspect.signature(cls).parameters})
+    name, _, forced = split_route(name)
     entry = parse(name)[0].entry
     wanted = facts
     if entry.kind == "mixer":
@@ -102,7 +118,11 @@ def build(name: str, facts: dict[str, Any]) -> nn.Module:
             raise ZooError(f"{entry.name!r} is defined for causal mixing only")
         known = inspect.signature(entry.cls).parameters
         wanted = {key: value for key, value in facts.items() if key in known}
-    return create(name, **wanted)
+    module = create(name, **wanted)
+    if forced:
+        assert isinstance(module, Attention)
+        module.route = forced
+    return module
 
 
 def route(module: nn.Module, x: Tensor) -> str:

@@ -44,6 +44,8 @@ class Setting:
             pass.
         device: "cpu" or "cuda".
         dtype: "float32", "bfloat16" or "float16".
+        give_up: A contender whose call took more seconds than this is left out at greater
+            lengths; None for never.
 
     Raises:
         ZooError: A value is out of range, a name is unknown or given twice.
@@ -62,6 +64,7 @@ class Setting:
     seconds: float = 1.0
     device: str = "cpu"
     dtype: str = "float32"
+    give_up: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("dim", "heads", "batch", "threads", "rounds"):
@@ -71,6 +74,8 @@ class Setting:
             raise ZooError(f"lengths={self.lengths!r} must be whole numbers of at least 1")
         if not (self.seconds > 0 and isfinite(self.seconds)):
             raise ZooError(f"seconds={self.seconds!r} must be positive")
+        if self.give_up is not None and not (self.give_up > 0 and isfinite(self.give_up)):
+            raise ZooError(f"give_up={self.give_up!r} must be positive, or None for never")
         if self.device not in memory.METHODS:
             raise unknown("device", self.device, memory.METHODS)
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -187,7 +192,8 @@ def measure(setting: Setting, told: Callable[[str], None] | None = None) -> Repo
             for kind in setting.passes:
                 if told is not None:
                     told(f"N = {length}, {kind}")
-                rows += _stage(setting, length, kind)
+                slow = _too_slow(setting, rows, kind)
+                rows += _stage(setting, length, kind, slow)
     return Report(setting, rows)
 
 
@@ -201,11 +207,26 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _stage(setting: Setting, length: int, kind: str) -> list[Row]:
-    """Measure all contenders at one length in one pass."""
+def _too_slow(setting: Setting, rows: list[Row], kind: str) -> dict[str, Row]:
+    """Contenders that took too long at a smaller length, with what they took there."""
+    if setting.give_up is None:
+        return {}
+    return {
+        row.spec: row
+        for row in rows
+        if row.kind == kind and row.time is not None and row.time > setting.give_up
+    }
+
+
+def _stage(setting: Setting, length: int, kind: str, slow: dict[str, Row]) -> list[Row]:
+    """Measure all contenders at one length in one pass, but for those known to be too slow."""
     every = [Row(spec, length, kind) for spec in setting.specs]
     ready = []
     for row in every:
+        if row.spec in slow:
+            before = slow[row.spec]
+            row.error = f"left out: a call took {before.time:.1f} s at N = {before.length}"
+            continue
         with _noted(row):
             call = _prepare(setting, row)
             # Counting and following memory cost time, so they are done away from the clock.

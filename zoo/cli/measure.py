@@ -15,7 +15,7 @@ from zoo.errors import ZooError
 
 def bench(
     specs: Annotated[
-        list[str], typer.Argument(help="Specifications; 'handwritten' is plain torch code.")
+        list[str], typer.Argument(help="SPEC or SPEC@ROUTE; 'handwritten' is plain code.")
     ],
     lengths: Annotated[str, typer.Option(help="Tokens N, separated by commas.")] = (
         "512,1024,2048,4096"
@@ -35,6 +35,10 @@ def bench(
     ] = 1.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    give_up: Annotated[
+        float | None,
+        typer.Option(help="Seconds of a call above which greater lengths are left out."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the results; default runs/bench/NAME.")
     ] = None,
@@ -57,6 +61,7 @@ def bench(
         seconds=min_time,
         device=device,
         dtype=dtype,
+        give_up=give_up,
     )
     # Plain lines: a spinner would be a second thread that takes time from what is measured.
     report = measuring.measure(setting, lambda stage: notes().print(f"measuring {stage}"))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +53,8 @@ class Concat(Combine):
             layout.heads * layout.v_dim, dim, bias=bias, device=device, dtype=dtype
         )
 
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+    def forward(
+        self, y: Tensor, x: Tensor, prepared: Mapping[str, Any] = MappingProxyType({})
+    ) -> Tensor:
         """(B, N, C) from (B, H, N, v_dim)."""
         return self.proj(y.transpose(1, 2).flatten(2))

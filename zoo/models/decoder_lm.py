@@ -20,7 +20,7 @@ from zoo.cache import Cache, LayerCache
 from zoo.errors import ZooError
 from zoo.factory import create
 from zoo.models import model
-from zoo.parts import Part, Position, build
+from zoo.parts import Part, Position, build, tie_layers
 from zoo.registry import info
 from zoo.spec import DEFAULTS, PartSpec, layout, parse, without
 
@@ -208,6 +208,7 @@ class DecoderLM(nn.Module):
                 )
             mixer = create(spec, **options)
             self.blocks.append(Block(dim, mixer, hidden, conv, dropout, **made))
+        tie_layers(self)
         self.norm = nn.RMSNorm(dim, eps=1e-6, **made)
         self.head = nn.Linear(dim, vocab_size, bias=False, **made)
         self.init_weights()

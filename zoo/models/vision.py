@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError, unknown
 from zoo.models import model
-from zoo.parts import Position, build
+from zoo.parts import Position, build, tie_layers
 from zoo.spec import PartSpec, layout, parse, without
 from zoo.timm import feature, init_special, swap
 
@@ -126,6 +126,7 @@ def vit(
         drop_path_rate=drop_path,
     )
     swap(model, specs, copy=False, causal=causal)
+    tie_layers(model)
     if embedding is not None:
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         model.norm_pre = EmbedPositions(embedding, dim, tokens)
