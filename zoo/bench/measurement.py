@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from zoo import flops
 from zoo.bench import contenders, memory
 from zoo.bench.timing import Samples, speed, spread, take_round
 from zoo.errors import ZooError, unknown
@@ -231,9 +231,7 @@ def _stage(setting: Setting, length: int, kind: str, slow: dict[str, Row]) -> li
             call = _prepare(setting, row)
             # Counting and following memory cost time, so they are done away from the clock.
             row.memory = memory.peak(call, setting.device)
-            with FlopCounterMode(display=False) as counter:
-                call()
-            row.flops = counter.get_total_flops()
+            row.flops = flops.count(call)
             ready.append(_Contender(row, call))
     turn = 0
     while ready and (

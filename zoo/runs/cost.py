@@ -7,8 +7,8 @@ import sys
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from zoo import flops as operations
 from zoo.cache import Cache
 from zoo.models.decoder_lm import DecoderLM
 from zoo.spec import parse
@@ -25,18 +25,13 @@ def parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def flops(model: nn.Module, example: Tensor) -> int:
-    """Return the floating point operations of a forward pass.
-
-    Matrix products, convolutions and scaled dot-product attention are counted, as
-    `torch.utils.flop_counter` does; element-wise operations are not.
+    """Return the floating point operations of a forward pass, as `zoo.flops` counts them.
 
     Args:
         model: The model, in evaluation mode.
         example: Its input for one sequence or image.
     """
-    with FlopCounterMode(display=False) as counter:
-        model(example)
-    return int(counter.get_total_flops())
+    return operations.count(lambda: model(example))
 
 
 @torch.no_grad()

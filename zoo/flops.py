@@ -1,0 +1,40 @@
+"""Counting floating point operations, the same on every device and version of PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+Shape = Sequence[int]
+
+
+def _forward(q: Shape, k: Shape, v: Shape, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _backward(grad: Shape, q: Shape, k: Shape, v: Shape, *args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+# Some versions know the fused attention of a GPU but not that of a processor, and count nothing.
+_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+}
+
+
+def count(call: Callable[[], object]) -> int:
+    """Return the floating point operations of a call.
+
+    Matrix products, convolutions and scaled dot-product attention are counted, as
+    `torch.utils.flop_counter` does, causal or not; element-wise operations are not.
+
+    Args:
+        call: What to count; it is called once.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        call()
+    return int(counter.get_total_flops())
