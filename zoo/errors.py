@@ -18,8 +18,15 @@ def nearest(name: str, allowed: Iterable[str], limit: int = 3) -> list[str]:
     """Return up to `limit` of the allowed names that look most like `name`, best first."""
     names = sorted({str(item) for item in allowed})
     lowered = {item.lower(): item for item in names}
-    close = difflib.get_close_matches(name.lower(), list(lowered), n=limit, cutoff=0.5)
-    found = [lowered[item] for item in close]
+    wanted = name.lower()
+    close = difflib.get_close_matches(wanted, list(lowered), n=max(1, len(lowered)), cutoff=0.5)
+
+    def likeness(item: str) -> tuple[float, bool]:
+        ratio = difflib.SequenceMatcher(None, item, wanted).ratio()
+        return ratio, sorted(item) == sorted(wanted)  # letters that changed places count for more
+
+    close.sort(key=likeness, reverse=True)
+    found = [lowered[item] for item in close[:limit]]
     if name:
         found += [n for n in names if name.lower() in n.lower() and n not in found]
     return found[:limit]
