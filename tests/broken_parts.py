@@ -175,7 +175,7 @@ class InPlace(Combine):
         super().__init__()
         self.out = nn.Linear(dim, dim, bias=False, dtype=dtype)
 
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor, prepared: Any = None) -> Tensor:
         with torch.no_grad():
             x.mul_(0.5)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -184,7 +184,7 @@ class InPlace(Combine):
 class WrongType(Combine):
     """Leaves float64 whatever comes in."""
 
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor, prepared: Any = None) -> Tensor:
         return y.transpose(1, 2).flatten(2).double()
 
 
@@ -195,7 +195,7 @@ class AlwaysCpu(Combine):
         super().__init__()
         self.out = nn.Linear(dim, dim, bias=False, dtype=dtype)
 
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor, prepared: Any = None) -> Tensor:
         return self.out(y.transpose(1, 2).flatten(2))
 
 

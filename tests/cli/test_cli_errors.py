@@ -25,11 +25,12 @@ COMMANDS = {
     "info": "name json",
     "run": "recipe overrides resume records runs quiet resume_if_possible",
     "sweep": "recipe grid jobs records runs quiet",
+    "claim": "name workers records runs verdict_only quiet",
     "leaderboard": "records output show",
     "sample": "run prompt tokens temperature top_k top_p seed runs",
     "show": "spec run recipe runs output length heads dim causal seed",
     "bench": "specs lengths dim heads batch causal threads forward_only baseline repeats min_time"
-    " device dtype output",
+    " device dtype give_up output",
 }
 
 
