@@ -19,6 +19,9 @@ SMALL = {
     "flip_flop": {"seq_len": 32},
     "counting": {"seq_len": 40, "max_statements": 16, "test_statements": [24], "variables": 2},
     "induction": {"seq_len": 16, "test_lengths": [24]},
+    "needle": {"seq_len": 20, "test_lengths": [40], "test_depths": [0.5]},
+    "count_ones": {"seq_len": 12, "max_ones": 4, "test_lengths": [20]},
+    "delete_and_copy": {"seq_len": 10, "items": 4},
 }
 
 

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from zoo import datasets
 from zoo.datasets import IGNORE
+from zoo.datasets.registry import _find
 from zoo.datasets.synthetic import BLOCK, SyntheticData, distinct
 from zoo.errors import ZooError
 
 
 def test_every_generated_task_is_tested_here(tasks):
-    names = [name for name in datasets.list() if datasets.info(name).task == "tagging"]
+    names = [name for name in datasets.list() if issubclass(_find(name), SyntheticData)]
     assert tasks == names
 
 
@@ -22,10 +23,16 @@ def test_batches_have_the_promised_form(task, small, first):
     data = small(task, batch_size=6)
     (batch,) = first(data, 1)
     assert batch.keys() == {"tokens", "targets"}
-    for value in batch.values():
-        assert value.shape == (6, data.seq_len)
-        assert value.dtype == torch.int64
+    assert batch["tokens"].shape == (6, data.seq_len)
+    assert batch["tokens"].dtype == torch.int64
     assert 0 <= batch["tokens"].min() <= batch["tokens"].max() < data.vocab_size
+    if data.task == "regression":
+        assert batch["targets"].shape == (6, data.seq_len, data.num_outputs)
+        assert batch["targets"].dtype == torch.float32
+        assert (~batch["targets"].isnan()).all(dim=2).any(dim=1).all()
+        return
+    assert batch["targets"].shape == (6, data.seq_len)
+    assert batch["targets"].dtype == torch.int64
     targets = batch["targets"][batch["targets"] != IGNORE]
     assert 0 <= targets.min() <= targets.max() < data.vocab_size
     assert (batch["targets"] != IGNORE).any(dim=1).all()
@@ -61,6 +68,14 @@ def test_splits_have_their_sizes_and_lengths(task, small, whole):
         lengths.append(tokens.shape[1])
     assert lengths[0] == data.seq_len
     assert data.max_seq_len == max(lengths)
+
+
+def test_batches_of_longer_sequences_hold_fewer_of_them(small):
+    data = small("needle", eval_batch_size=16, test_lengths=[40, 400])
+    rows = {name: len(next(iter(data.eval_dataloader(name)))["tokens"]) for name in data.test_names}
+    assert rows == {"test": 16, "40": 8, "400": 1, "40_depth50": 8, "400_depth50": 1}
+    assert len(next(iter(data.val_dataloader()))["tokens"]) == 16
+    assert small("induction", test_lengths=[4]).eval_rows("len4") == 256
 
 
 def test_streams_are_disjoint_where_the_task_is_large(small, first, whole):
@@ -106,6 +121,9 @@ def test_fingerprints_notice_every_parameter(task, small):
         "flip_flop": [{"p_ignore": 0.7}, {"p_sparse": 0.9}, {"p_dense": 0.2}],
         "counting": [{"variables": 3}, {"pass_weight": 9}, {"max_value": 9}],
         "induction": [{"vocab_size": 17}, {"test_lengths": [25]}],
+        "needle": [{"seq_len": 21}, {"test_lengths": [41]}, {"test_depths": [0.25]}],
+        "count_ones": [{"seq_len": 13}, {"max_ones": 3}, {"test_lengths": [21]}],
+        "delete_and_copy": [{"seq_len": 11}, {"types": 3}, {"items": 5}],
     }[task]
     changes += [{}, {"val_size": 51}, {"test_size": 41}, {"train_size": 9}]
     found = [fingerprint(**change) for change in changes]

@@ -60,6 +60,60 @@ def test_fewer_evaluation_windows_are_spread_over_the_text(whole):
     assert more.size("test") == 20
 
 
+def test_test_sets_of_other_lengths_hold_the_same_bytes(whole):
+    data = Alphabet(length=256, seq_len=8, test_windows=20, test_lengths=[8, 40, 16, 80])
+    assert data.test_names == ["test", "8", "40", "16", "80"]
+    assert data.max_seq_len == 80
+    sets = {name: whole(data.eval_dataloader(name)) for name in data.test_names}
+    assert sets["test"]["tokens"].shape == (20, 8)
+    # 20 windows of 8 bytes are two stretches of 80; 16 and 40 divide them, as 8 does.
+    shapes = {name: tuple(sets[name]["tokens"].shape) for name in ("8", "16", "40", "80")}
+    assert shapes == {"8": (20, 8), "16": (10, 16), "40": (4, 40), "80": (2, 80)}
+    held = [*range(80), *range(80, 160)]  # 255 // 80 = 3 places for 2 stretches: the first two
+    for name in shapes:
+        assert sets[name]["tokens"].flatten().tolist() == held
+        assert sets[name]["targets"].flatten().tolist() == [byte + 1 for byte in held]
+
+
+@given(seq_len=st.integers(1, 9), lengths=st.lists(st.integers(1, 60), min_size=1, unique=True))
+def test_windows_of_every_test_length_stay_within_one_stretch(seq_len: int, lengths: list[int]):
+    data = Alphabet(length=200, seq_len=seq_len, test_lengths=lengths)
+    data.setup()
+    longest = max(lengths)
+    for length in lengths:
+        starts = data.source(str(length)).starts
+        assert data.size(str(length)) == 199 // longest * (longest // length)
+        assert torch.equal(starts // longest, (starts + length - 1) // longest)
+        assert len(starts.unique()) == len(starts)
+
+
+def test_without_test_lengths_nothing_changes(whole):
+    plain, more = Alphabet(seq_len=10), Alphabet(seq_len=10, test_lengths=[20])
+    assert plain.test_names == ["test"]
+    assert plain.max_seq_len == 10
+    for name in ("val", "test"):
+        left, right = (whole(data.eval_dataloader(name))["tokens"] for data in (plain, more))
+        assert torch.equal(left, right)
+    assert plain.fingerprint == more.fingerprint
+
+
+def test_batches_of_longer_windows_hold_fewer_of_them():
+    data = Alphabet(length=256, seq_len=10, eval_batch_size=8, test_lengths=[5, 20, 200])
+    data.setup()
+    assert {n: data.eval_rows(n) for n in ("val", "test", "5", "20", "200")} == {
+        **dict.fromkeys(("val", "test", "5"), 8),
+        "20": 4,
+        "200": 1,
+    }
+
+
+def test_a_test_length_longer_than_the_test_text_is_refused():
+    Alphabet(length=200, seq_len=10, test_lengths=[199]).setup()
+    message = r"test_lengths 200 is too long for the test split .*200 bytes; allowed: at most 199"
+    with pytest.raises(ZooError, match=message):
+        Alphabet(length=200, seq_len=10, test_lengths=[20, 200]).setup()
+
+
 def test_training_windows_reach_every_position(first):
     (batch,) = first(Alphabet(length=20, seq_len=9, batch_size=500), 1)
     assert sorted(set(batch["tokens"][:, 0].tolist())) == list(range(11))
@@ -80,6 +134,13 @@ def test_a_window_longer_than_a_split_is_refused():
         ({"seq_len": 0}, "seq_len must be a whole number >= 1; got 0"),
         ({"max_bytes": 0}, "max_bytes must be a whole number >= 1"),
         ({"max_bytes": 1000}, r"max_bytes 1000 leaves no window of seq_len 128 .*at least 2580"),
+        (
+            {"max_bytes": 4000, "test_lengths": [64, 256]},
+            r"max_bytes 4000 leaves no window of test_lengths 256 for test; allowed: at least 5140",
+        ),
+        ({"test_lengths": [0]}, "test_lengths must be a whole number >= 1; got 0"),
+        ({"test_lengths": 64}, "test_lengths must be a list; got 64"),
+        ({"test_lengths": [64, 64]}, "test_lengths names a value twice"),
         ({"val_windows": 0}, "val_windows must be a whole number >= 1"),
         ({"test_windows": -1}, "test_windows must be a whole number >= 1"),
     ],

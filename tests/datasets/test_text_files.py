@@ -70,6 +70,18 @@ def test_one_file_is_cut_by_position(tmp_path: Path):
     assert texts == {"train": content[:850], "val": content[850:950], "test": content[950:]}
 
 
+@pytest.mark.parametrize("split", ["file", "position"])
+def test_other_lengths_are_cut_out_of_the_test_text(folder: Path, split: str, whole):
+    data = datasets.create(
+        "text_files", paths=str(folder), split=split, seq_len=8, test_lengths=[8, 32]
+    )
+    data.setup()
+    text = data.read()["test"]
+    for length in (8, 32):
+        tokens = whole(data.eval_dataloader(str(length)))["tokens"]
+        assert bytes(tokens.flatten().tolist()) == text[: (len(text) - 1) // 32 * 32]
+
+
 def test_position_cuts_every_file(folder: Path):
     paths = [str(folder / "00.txt"), str(folder / "02.txt")]
     texts = datasets.create("text_files", paths=paths, seq_len=8).read()

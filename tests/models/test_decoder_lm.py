@@ -191,6 +191,7 @@ def test_prompts_of_different_lengths_continue_as_they_would_alone(attention):
         ({"layers": {"every": 2}}, "go together"),
         ({"layers": {"every": 0, "other": "mha"}}, "every=0"),
         ({"depth": 0}, "depth=0"),
+        ({"num_outputs": 0}, "num_outputs=0 must be at least 1"),
         ({"dropout": 1.5}, "dropout"),
     ],
     ids=str,
@@ -213,6 +214,21 @@ def test_bad_options_are_refused(options, message):
 def test_bad_sampling_arguments_are_refused(options, message):
     with pytest.raises(zoo.ZooError, match=message):
         build().generate(TOKENS, **{"steps": 2, **options})
+
+
+def test_a_model_of_numbers_gives_them_at_every_position_and_samples_nothing():
+    model = build(num_outputs=3)
+    assert model(TOKENS).shape == (*TOKENS.shape, 3)
+    assert model.embedding.weight is not model.head.weight
+    with pytest.raises(zoo.ZooError, match="num_outputs=3: the model gives no tokens"):
+        model.generate(TOKENS, 1)
+
+
+def test_the_output_layer_reads_the_hidden_representation():
+    model = build()
+    hidden = model.hidden(TOKENS)
+    assert hidden.shape == (*TOKENS.shape, 32)
+    torch.testing.assert_close(model.head(hidden), model(TOKENS), rtol=0, atol=0)
 
 
 def test_a_sequence_longer_than_the_table_is_refused():

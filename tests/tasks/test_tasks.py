@@ -136,11 +136,9 @@ def test_splits_are_named_and_kept_apart():
 def test_every_task_declares_the_figures_it_gives(name):
     task = find(name)(Fixed(), Optim(lr=1.0), max_steps=10, test_names=["test"])
     figures = task.make_figures()
-    batch = {"targets": torch.tensor([[0, 1]]), "label": torch.tensor([0])}
-    figures.update(
-        torch.eye(2) if name == "classification" else torch.eye(2)[None],
-        batch | {"label": torch.tensor([0, 1])},
-    )
+    targets = torch.eye(2)[None] if name == "regression" else torch.tensor([[0, 1]])
+    batch = {"targets": targets, "label": torch.tensor([0, 1]), "gap": torch.ones(1)}
+    figures.update(torch.eye(2) if name == "classification" else torch.eye(2)[None], batch)
     assert tuple(figures.compute()) == find(name).names
     assert "loss" in find(name).names
 

@@ -50,13 +50,14 @@ class DataModule(LightningDataModule):
 
     Args:
         batch_size: Training examples per step, over all processes together.
-        eval_batch_size: Examples per validation or test batch.
+        eval_batch_size: Examples per validation or test batch; fewer of a set whose sequences are
+            longer than those of training.
         seed: Seed of the training order or stream.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
 
     Attributes:
         name: Registered name.
-        task: "language", "tagging" or "classification".
+        task: Name of the task, see `zoo.tasks`.
         start_step: Step of the first training batch; set it to resume.
         total_steps: Step after the last training batch.
     """
@@ -91,6 +92,10 @@ class DataModule(LightningDataModule):
     def size(self, split: str) -> int:
         """Return the number of examples in "val" or one of ``test_names``."""
         raise NotImplementedError
+
+    def eval_rows(self, split: str) -> int:
+        """Return the number of examples per batch of "val" or one of ``test_names``."""
+        return self.eval_batch_size
 
     def order(self) -> Order:
         """Return the order of training."""
@@ -170,7 +175,7 @@ class DataModule(LightningDataModule):
         if split not in splits:
             raise unknown(f"split of data set {self.name!r}", split, splits)
         self.setup()
-        order = Chunks(self.size(split), self.eval_batch_size)
+        order = Chunks(self.size(split), self.eval_rows(split))
         return self._loader(EvalBatches(self.source(split), order))
 
     def _loader(self, batches: Batches, steps: Steps | None = None) -> Loader:

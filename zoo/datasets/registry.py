@@ -25,7 +25,7 @@ class Info:
 
     Args:
         name: Registered name.
-        task: "language", "tagging" or "classification".
+        task: Name of the task, see `zoo.tasks`.
         summary: First line of the docstring.
         options: Every option with its default.
         required: Options without a default.

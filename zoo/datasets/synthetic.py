@@ -149,6 +149,11 @@ class SyntheticData(DataModule):
             self._tables[split] = Table(self.stream(split).take(rows))
         return self._tables[split]
 
+    def eval_rows(self, split: str) -> int:
+        """Return the examples per batch of a finite split, fewer where they are longer."""
+        length = self.variants().get(split, {}).get("seq_len", self.seq_len)
+        return self.eval_batch_size * self.seq_len // max(length, self.seq_len) or 1
+
     def order(self) -> Order:
         """Return the order of training: the stream, or epochs over the finite set."""
         if self.train_size is None:

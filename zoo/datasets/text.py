@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -68,6 +68,13 @@ class Windows:
         return {"tokens": window[:, :-1].contiguous(), "targets": window[:, 1:].contiguous()}
 
 
+def _spread(length: int, size: int, most: int | None) -> Tensor:
+    """Return where windows of a size start, side by side or as many as wanted spread evenly."""
+    count = (length - 1) // size
+    chosen = count if most is None else min(most, count)
+    return torch.arange(chosen) * count // chosen * size
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class ByteText(DataModule):
     """Base of the byte-level texts: the next byte is the target at every position.
@@ -75,11 +82,18 @@ class ByteText(DataModule):
     Training windows start anywhere, drawn from (seed, step). Validation and test windows follow
     each other without overlap; the last one that is not full is left out.
 
+    The test sets of `test_lengths` ask how a model does beyond the length that it was trained at:
+    stretches as long as the longest are cut into windows of each length, so that every set holds
+    the same bytes (but for what remains of a stretch where a length does not divide the longest).
+    With `test_windows` they hold as many tokens as the set "test".
+
     Args:
         seq_len: Bytes per window.
         max_bytes: Most bytes to use, 90 % of them for training; None uses everything.
         val_windows: Most validation windows, spread evenly over the text; None uses all.
         test_windows: Most test windows, spread evenly over the text; None uses all.
+        test_lengths: Lengths of further test sets, all over the same bytes of the test text and
+            named by the length: ``256``.
         batch_size: Training windows per step.
         eval_batch_size: Windows per validation or test batch.
         seed: Seed of the training windows.
@@ -90,6 +104,7 @@ class ByteText(DataModule):
     max_bytes: int | None = None
     val_windows: int | None = None
     test_windows: int | None = None
+    test_lengths: Sequence[int] = ()
 
     task = "language"
     vocab_size: ClassVar[int] = 256
@@ -98,14 +113,21 @@ class ByteText(DataModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.whole("seq_len", self.seq_len, 1)
+        self._lengths = checks.several("test_lengths", self.test_lengths)
+        for length in self._lengths:
+            checks.whole("test_lengths", length, 1)
         if self.max_bytes is not None:
             checks.whole("max_bytes", self.max_bytes, 1)
-            need = math.ceil((self.seq_len + 1) / min(SHARES.values()))
-            if self.max_bytes < need:
-                raise ZooError(
-                    f"max_bytes {self.max_bytes} leaves no window of seq_len {self.seq_len} for "
-                    f"validation; allowed: at least {need}"
-                )
+            asked = {"seq_len": ("validation", self.seq_len)}
+            if self._lengths:
+                asked["test_lengths"] = ("test", max(self._lengths))
+            for option, (split, length) in asked.items():
+                need = math.ceil((length + 1) / min(SHARES.values()))
+                if self.max_bytes < need:
+                    raise ZooError(
+                        f"max_bytes {self.max_bytes} leaves no window of {option} {length} for "
+                        f"{split}; allowed: at least {need}"
+                    )
         for name in ("val_windows", "test_windows"):
             if getattr(self, name) is not None:
                 checks.whole(name, getattr(self, name), 1)
@@ -115,7 +137,12 @@ class ByteText(DataModule):
     @property
     def max_seq_len(self) -> int:
         """Longest sequence of any split."""
-        return self.seq_len
+        return max([self.seq_len, *self._lengths])
+
+    @property
+    def test_names(self) -> list[str]:
+        """Names of the test sets, "test" first."""
+        return ["test", *map(str, self._lengths)]
 
     def read(self) -> Mapping[str, bytes]:
         """Return the bytes of "train", "val" and "test"."""
@@ -128,24 +155,38 @@ class ByteText(DataModule):
             ZooError: A split is shorter than a window.
         """
         texts = self.read()
-        for split, text in texts.items():
-            if len(text) <= self.seq_len:
+        asked = [("seq_len", self.seq_len, split) for split in texts]
+        asked += [("test_lengths", length, "test") for length in self._lengths]
+        for option, length, split in asked:
+            if len(texts[split]) <= length:
                 raise ZooError(
-                    f"seq_len {self.seq_len} is too long for the {split} split of data set "
-                    f"{self.name!r}, which has {len(text)} bytes; allowed: at most "
-                    f"{max(len(text) - 1, 0)}"
+                    f"{option} {length} is too long for the {split} split of data set "
+                    f"{self.name!r}, which has {len(texts[split])} bytes; allowed: at most "
+                    f"{max(len(texts[split]) - 1, 0)}"
                 )
         most = {"train": None, "val": self.val_windows, "test": self.test_windows}
         for split, text in texts.items():
             data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-            starts = None if split == "train" else self._starts(len(text), most[split])
+            starts = None if split == "train" else _spread(len(text), self.seq_len, most[split])
             self._windows[split] = Windows(data, self.seq_len, starts)
+            if split == "test" and self._lengths:
+                self._window_lengths(data)
         self._digest = content_hash(*(item for pair in texts.items() for item in pair))
 
-    def _starts(self, length: int, most: int | None) -> Tensor:
-        count = (length - 1) // self.seq_len
-        chosen = count if most is None else min(most, count)
-        return torch.arange(chosen) * count // chosen * self.seq_len
+    def _window_lengths(self, text: Tensor) -> None:
+        """Cut the test sets of other lengths out of the same stretches."""
+        longest, most = max(self._lengths), self.test_windows
+        stretches = None if most is None else max(1, most * self.seq_len // longest)
+        begins = _spread(len(text), longest, stretches)
+        for length in self._lengths:
+            inside = torch.arange(longest // length) * length
+            starts = (begins[:, None] + inside).flatten()
+            self._windows[str(length)] = Windows(text, length, starts)
+
+    def eval_rows(self, split: str) -> int:
+        """Return the windows per batch of a finite split, fewer where they are longer."""
+        length = self._windows[split].seq_len
+        return self.eval_batch_size * self.seq_len // max(length, self.seq_len) or 1
 
     def source(self, split: str) -> Source:
         """Return the windows of a split."""

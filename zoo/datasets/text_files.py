@@ -63,6 +63,8 @@ class TextFiles(ByteText):
         max_bytes: Most bytes to use, 90 % of them for training; None uses everything.
         val_windows: Most validation windows, spread evenly over the text; None uses all.
         test_windows: Most test windows, spread evenly over the text; None uses all.
+        test_lengths: Lengths of further test sets, all over the same bytes of the test text and
+            named by the length: ``256``.
         batch_size: Training windows per step.
         eval_batch_size: Windows per validation or test batch.
         seed: Seed of the training windows.

@@ -152,13 +152,15 @@ class DecoderLM(nn.Module):
         layers: Layout of layers: first, last, every, other.
         position: Position part for every specification that names none; a part that embeds
             (learned, sinusoidal) is added once, below the first layer.
-        max_len: Longest sequence, for learned positions.
+        max_len: Length that the model is made for, the training length: rows of learned positions,
+            and what other parts that depend on a length go by.
         conv: Taps of the short convolution in front of each mixer, 0 for none.
         mlp: Width of the MLP over `dim`, 0 for none; 8/3 makes SwiGLU as large as a plain MLP of 4.
         dropout: On residual branches, embeddings and attention weights.
         kv_heads: Key/value heads, None for the projection's default.
         qk_norm: RMSNorm on q and k.
-        tie: Output layer shares the embedding.
+        tie: Output layer shares the embedding, where it gives logits.
+        num_outputs: Numbers to give at every position in place of logits, for regression.
         device: Where parameters are made.
         dtype: Their type.
 
@@ -184,16 +186,19 @@ class DecoderLM(nn.Module):
         kv_heads: int | None = None,
         qk_norm: bool = False,
         tie: bool = True,
+        num_outputs: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if vocab_size < 1:
             raise ZooError(f"vocab_size={vocab_size!r} must be at least 1")
+        if num_outputs is not None and num_outputs < 1:
+            raise ZooError(f"num_outputs={num_outputs!r} must be at least 1, or None for logits")
         if mlp < 0:
             raise ZooError(f"mlp={mlp!r} must be 0 (none) or a positive ratio")
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.vocab_size, self.max_len = vocab_size, max_len
+        self.vocab_size, self.num_outputs, self.max_len = vocab_size, num_outputs, max_len
         self.specs, embedding = self._specs(layout(attention, depth, layers), position)
         self.embedding = nn.Embedding(vocab_size, dim, **made)
         self.position = self._embedding_position(embedding, dim, max_len, made)
@@ -210,9 +215,9 @@ class DecoderLM(nn.Module):
             self.blocks.append(Block(dim, mixer, hidden, conv, dropout, **made))
         tie_layers(self)
         self.norm = nn.RMSNorm(dim, eps=1e-6, **made)
-        self.head = nn.Linear(dim, vocab_size, bias=False, **made)
+        self.head = nn.Linear(dim, num_outputs or vocab_size, bias=False, **made)
         self.init_weights()
-        if tie:
+        if tie and num_outputs is None:
             self.head.weight = self.embedding.weight
 
     @staticmethod
@@ -281,7 +286,7 @@ class DecoderLM(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Logits of the next token at every position.
+        """Logits of the next token, or `num_outputs` numbers, at every position.
 
         Args:
             tokens: (B, N) int64.
@@ -290,7 +295,31 @@ class DecoderLM(nn.Module):
             cache: Holds the tokens before these.
 
         Returns:
-            (B, N, V).
+            (B, N, V), or (B, N, num_outputs).
+
+        Raises:
+            ZooError: A token or a shape is out of range.
+        """
+        return self.head(self.hidden(tokens, mask=mask, positions=positions, cache=cache))
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Final representation of every position, as the output layer reads it.
+
+        Args:
+            tokens: (B, N) int64.
+            mask: Boolean, True may attend, as `Attention.forward` takes it.
+            positions: (N,) or (B, N) int64; default counts on from the cache.
+            cache: Holds the tokens before these.
+
+        Returns:
+            (B, N, C).
 
         Raises:
             ZooError: A token or a shape is out of range.
@@ -310,7 +339,7 @@ class DecoderLM(nn.Module):
         for i, block in enumerate(self.blocks):
             layer = cache[i] if cache is not None else None
             x = block(x, mask=mask, positions=positions, cache=layer)
-        return self.head(self.norm(x))
+        return self.norm(x)
 
     @torch.no_grad()
     def generate(
@@ -342,8 +371,10 @@ class DecoderLM(nn.Module):
             (B, N + steps) int64, shorter when every sequence has ended.
 
         Raises:
-            ZooError: An argument is out of range.
+            ZooError: An argument is out of range, or the model gives no logits.
         """
+        if self.num_outputs is not None:
+            raise ZooError(f"num_outputs={self.num_outputs!r}: the model gives no tokens to sample")
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ZooError(f"prompt of shape {tuple(tokens.shape)} must be (batch, at least 1)")
         if steps < 0:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo import models
 from zoo.datasets import DataModule
@@ -33,12 +33,16 @@ def longest(data: DataModule) -> int:
 def build_task(config: DictConfig, data: DataModule) -> Task:
     """Build the model for the data, and the task around it.
 
+    A model of sequences is told the length of training as its `max_len`, which is what positions
+    such as FoPE go by; test sets may be longer. A table of positions ends there, so that a model
+    that has one is refused beside longer test sets unless `model.max_len` makes room for them.
+
     Args:
         config: What `load` returned.
         data: Its data module.
 
     Raises:
-        ZooError: The model is impossible.
+        ZooError: The model is impossible, or cannot run the longest test set.
     """
     options = contents(config.model)
     name = options.pop("name")
@@ -46,14 +50,18 @@ def build_task(config: DictConfig, data: DataModule) -> Task:
         options |= {"image_shape": data.image_shape, "num_classes": data.num_classes}  # type: ignore[attr-defined]
     else:
         options["vocab_size"] = data.vocab_size  # type: ignore[attr-defined]
-        need = longest(data)
-        options["max_len"] = need if options.get("max_len") is None else options["max_len"]
-        if options["max_len"] < need:
+        if hasattr(data, "num_outputs"):
+            options["num_outputs"] = data.num_outputs
+        trained: int = data.seq_len  # type: ignore[attr-defined]
+        options["max_len"] = trained if options.get("max_len") is None else options["max_len"]
+        if options["max_len"] < trained:
             raise ZooError(
                 f"model.max_len={options['max_len']} is shorter than the data's sequences; "
-                f"allowed: at least {need}"
+                f"allowed: at least {trained}"
             )
     model = models.create(name, attention=config.attention, **options)
+    if data.task != "classification" and longest(data) > options["max_len"]:
+        _try_length(model, longest(data), options["max_len"], config.attention)
     more = {"bytes_per_token": data.bytes_per_token} if data.task == "language" else {}  # type: ignore[attr-defined]
     return find_task(config.task)(
         model,
@@ -62,6 +70,24 @@ def build_task(config: DictConfig, data: DataModule) -> Task:
         test_names=data.test_names,
         **more,
     )
+
+
+@torch.no_grad()
+def _try_length(model: nn.Module, length: int, max_len: int, attention: str) -> None:
+    """Run a model at the length of the longest test set, before it is trained for nothing."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model(torch.zeros(1, length, dtype=torch.int64))
+    except ZooError as error:
+        raise ZooError(
+            f"attention={attention!r} cannot run the longest test set, of {length} tokens, with "
+            f"model.max_len={max_len}: {error}; set model.max_len={length}, or take a position "
+            "without a table, such as rope"
+        ) from None
+    finally:
+        model.train(was_training)
 
 
 def example(data: DataModule) -> Tensor:

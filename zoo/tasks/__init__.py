@@ -5,26 +5,33 @@ from __future__ import annotations
 from zoo.errors import unknown
 from zoo.tasks.base import Task
 from zoo.tasks.classification import ImageClassification
+from zoo.tasks.collapse import CollapseProbe, representation_gap
 from zoo.tasks.language import LanguageModelling
 from zoo.tasks.optim import SCHEDULES, Optim, parameter_groups, schedule
+from zoo.tasks.regression import Regression
 from zoo.tasks.tagging import TokenTagging
 
 __all__ = [
     "SCHEDULES",
     "TASKS",
+    "CollapseProbe",
     "ImageClassification",
     "LanguageModelling",
     "Optim",
+    "Regression",
     "Task",
     "TokenTagging",
     "find",
     "parameter_groups",
+    "representation_gap",
     "schedule",
 ]
 
 TASKS: dict[str, type[Task]] = {
     "classification": ImageClassification,
+    "collapse": CollapseProbe,
     "language": LanguageModelling,
+    "regression": Regression,
     "tagging": TokenTagging,
 }
 

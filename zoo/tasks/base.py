@@ -82,6 +82,25 @@ class Task(LightningModule):
         """Return the mean loss of a batch."""
         raise NotImplementedError
 
+    def take(self, index: int, batch: Batch) -> None:
+        """Take a batch into the figures of a split.
+
+        Args:
+            index: Number of the split, 0 for validation.
+            batch: The batch.
+        """
+        self.split(index).update(self.logits(batch), batch)
+
+    def split(self, index: int) -> Figures:
+        """Return the figures of a split.
+
+        Args:
+            index: Number of the split, 0 for validation.
+        """
+        figures = self.figures[index]
+        assert isinstance(figures, Figures)
+        return figures
+
     # What Lightning calls.
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -105,7 +124,7 @@ class Task(LightningModule):
             batch: The batch.
             batch_idx: Its number.
         """
-        self._split(0).update(self.logits(batch), batch)
+        self.take(0, batch)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take a test batch into the figures.
@@ -115,7 +134,7 @@ class Task(LightningModule):
             batch_idx: Its number.
             dataloader_idx: Number of the test set.
         """
-        self._split(1 + dataloader_idx).update(self.logits(batch), batch)
+        self.take(1 + dataloader_idx, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation figures."""
@@ -143,13 +162,8 @@ class Task(LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def _split(self, index: int) -> Figures:
-        figures = self.figures[index]
-        assert isinstance(figures, Figures)
-        return figures
-
     def _finish(self, index: int) -> None:
-        figures = self._split(index)
+        figures = self.split(index)
         for name, value in figures.compute().items():
             shown = index == 0 and name == self.names[0]
             self.log(

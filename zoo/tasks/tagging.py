@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,7 +47,7 @@ class TokenTagging(Task):
         test_names: Names of the test sets, the first of which is "test".
     """
 
-    names = ("accuracy", "exact", "loss")
+    names: ClassVar[tuple[str, ...]] = ("accuracy", "exact", "loss")
 
     def make_figures(self) -> Figures:
         """Return fresh metrics for a split."""
