@@ -263,6 +263,16 @@ def test_groups_of_one_recipe_are_told_apart(make):
     assert page.count("Unlike other groups of this recipe: `model.dim=128`.") == 1
 
 
+def test_groups_are_not_told_apart_by_what_no_figure_depends_on(make):
+    def config(dim, **rest):
+        return {"model": {"dim": dim}, **rest}
+
+    old = config(64, description="As it was.", budget={"seeds": 3})
+    page = render([make(config=old), make(group="g1", config=config(32))])
+    assert page.count("Unlike other groups of this recipe: `model.dim=64`.") == 1
+    assert page.count("Unlike other groups of this recipe: `model.dim=32`.") == 1
+
+
 def test_a_long_hash_is_shortened(make):
     page = render([make(group="0123456789abcdef")])
     assert "### `mqar`, group `0123456789ab`\n" in page

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from zoo.runs.markdown import NONE, code, figures, milliseconds, quantity, size, table
+from zoo.runs.markdown import NONE, code, figures, milliseconds, quantity, size, table, words
 
 
 @pytest.mark.parametrize(
@@ -88,3 +88,9 @@ def test_table_aligns_its_columns():
     assert table(["a", "b", "c"], [["1", "2", "3"]], left=2) == (
         "| a | b | c |\n| :-- | :-- | --: |\n| 1 | 2 | 3 |\n"
     )
+
+
+def test_a_sentence_stays_in_its_cell():
+    text = words("a < b & c > d\n  | `x` *y* _z_ [link](u) \\ end")
+    assert text == r"a &lt; b &amp; c > d \| \`x\` \*y\* \_z\_ \[link\](u) \\ end"
+    assert words("Table 2; section 5.1 (p. 3) - 10 %") == "Table 2; section 5.1 (p. 3) - 10 %"

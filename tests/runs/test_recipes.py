@@ -9,7 +9,7 @@ import pytest
 from zoo.errors import ZooError
 from zoo.models.decoder_lm import DecoderLM
 from zoo.runs.build import build_task
-from zoo.runs.config import data_module, load, recipes
+from zoo.runs.config import claim, data_module, load, recipes
 from zoo.runs.train import run
 
 # What they train on has to be fetched; all others come with the packages or are generated.
@@ -22,7 +22,14 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(recipes()) - set(HUB)))
+def out_of_reach(name):
+    stated = claim(name)
+    return stated is not None and stated.needs is not None
+
+
+@pytest.mark.parametrize(
+    "name", sorted(n for n in recipes() if n not in HUB and not out_of_reach(n))
+)
 def test_a_recipe_runs(name, tmp_path):
     config = load(name)
     record = run(
@@ -58,16 +65,21 @@ def test_every_split_fits_into_the_model(name):
     data = data_module(config)
     model = build_task(config, data).model
     assert isinstance(model, DecoderLM)
-    assert model.max_len == getattr(data, "max_seq_len", data.seq_len)
+    assert data.seq_len <= model.max_len
+    if config.model.position == "learned":
+        assert model.max_len == getattr(data, "max_seq_len", data.seq_len)
     assert bool(model.blocks[0].conv) == (config.model.conv > 0)
 
 
 def test_every_recipe_states_a_fair_budget():
     for name in recipes():
         config = load(name)
-        assert config.metrics.report.startswith("test/")
         assert config.optim.lr in config.budget.lrs
-        assert config.budget.seeds >= 3
-        assert len(config.budget.lrs) >= 3
+        if (stated := claim(name)) is None:
+            assert config.metrics.report.startswith("test/")
+            assert config.budget.seeds >= 3
+            assert len(config.budget.lrs) >= 3
+        else:  # its variants and seeds are its own, and its figures are what it reports
+            assert stated.seeds >= 3
         assert config.trainer.max_steps % config.trainer.eval_every == 0
         assert len(config.description) > 10

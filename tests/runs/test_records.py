@@ -273,6 +273,9 @@ def test_read_all_reads_inner_folders_only_if_asked(make, tmp_path):
     write(inner, tmp_path / "inner")
     assert read_all(tmp_path) == [outer]
     assert read_all(tmp_path, recursive=True) == [outer, inner]
+    deeper = make(seed=3)
+    write(deeper, tmp_path / "other" / "inner")
+    assert read_all(tmp_path, recursive=True, without="inner") == [outer, deeper]
 
 
 def test_of_two_records_with_one_id_the_newer_counts(make, tmp_path):

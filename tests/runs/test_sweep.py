@@ -98,6 +98,18 @@ def test_a_run_is_given_its_overrides_and_folders(go, tmp_path):
     assert cell.log == tmp_path / "runs" / cell.id / "sweep.log"
 
 
+def test_runs_that_form_no_grid_are_listed(runner, tmp_path):
+    every = [["attention=mha", "seed=0"], ["seed=1"], ["model.dim=8", "seed=1"]]
+    folders = {"records": tmp_path / "runs" / "records", "runs": tmp_path / "runs"}
+    options = {"runner": runner, "identify": identify, "progress": False, **folders}
+    result = sweep("toy", every, **options)
+    assert [cell.overrides for cell in result.finished] == every
+    assert names(sweep("toy", every[1:], **options).skipped) == [
+        "toy-seed=1",
+        "toy-model.dim=8-seed=1",
+    ]
+
+
 def test_without_a_runner_the_command_is_that_of_zoo(tmp_path, monkeypatch):
     commands = []
 

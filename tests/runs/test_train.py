@@ -59,6 +59,7 @@ def test_the_record_says_what_was_run(finished):
         "solved": 0.99,
     }
     assert finished.config["model"]["dim"] == 16
+    assert {"budget", "description"}.isdisjoint(finished.config)  # no figure depends on them
     assert (finished.steps, finished.examples, finished.conv) == (30, 240, True)
     assert finished.data["name"] == "mqar"
     assert len(finished.data["fingerprint"]) == 64

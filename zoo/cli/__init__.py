@@ -1,4 +1,4 @@
-"""The command line: `zoo list`, `info`, `run`, `sweep`, `leaderboard`, `sample`, `show`, `bench`.
+"""The command line: `zoo list`, `info`, `run`, `sweep`, `claim`, `leaderboard`, `show` ...
 
 A command imports what it needs when it is called, so that `zoo list` is quick.
 """
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli import browse, measure, training
+from zoo.cli import browse, claims, measure, training
 from zoo.cli.errors import Commands, guarded
 
 app = typer.Typer(
@@ -47,8 +47,8 @@ def _common(
 
 
 for _command in (
-    *(browse.list_, browse.info, training.run, training.sweep, training.leaderboard),
-    *(training.sample, measure.show, measure.bench),
+    *(browse.list_, browse.info, training.run, training.sweep, claims.claim),
+    *(training.leaderboard, training.sample, measure.show, measure.bench),
 ):
     app.command(name=_command.__name__.strip("_"))(_command)
 

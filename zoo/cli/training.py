@@ -137,13 +137,12 @@ def leaderboard(
     ] = False,
 ) -> None:
     """Make the leaderboard from the records alone."""
-    from zoo.runs import leaderboard as page
-    from zoo.runs.records import read_all
+    from zoo.runs import leaderboard as board
 
     if show:
-        typer.echo(page.render(read_all(records, recursive=True)), nl=False)
+        typer.echo(board.page(records)[0], nl=False)
     if output is not None or not show:
-        path, count = page.write(records, output or Path("leaderboard.md"))
+        path, count = board.write(records, output or Path("leaderboard.md"))
         notes().print(f"wrote {path} from {count} records", soft_wrap=True)
 
 

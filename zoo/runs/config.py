@@ -4,7 +4,8 @@
 
 A recipe is a YAML file under recipes/; its `data.name` names a YAML file under data/ (or a data set
 itself), whose options the recipe may change. What comes out holds every option of the data set and
-of the model, so that it says by itself what was run.
+of the model, so that it says by itself what was run. A recipe that states a claim has one section
+more, which is checked with it and is no part of what is run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from yaml import YAMLError
 from zoo import datasets
 from zoo.errors import ZooError, unknown
 from zoo.resources import folder
-from zoo.runs.schema import Recipe, check, data_defaults, model_options
+from zoo.runs.claim_schema import Claim, Resolved, check_variants, read_claim
+from zoo.runs.schema import Recipe, check, data_defaults, metric_names, model_options
 from zoo.spec import canonical
 from zoo.tasks import Optim
 
@@ -68,21 +70,57 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         overrides: Changes as ``key=value``, with dotted keys or the short names lr, steps, batch.
 
     Returns:
-        The configuration, with every option of the data set and the model.
+        The configuration, with every option of the data set and the model, without the claim.
 
     Raises:
-        ZooError: Unknown recipe, key or name (the nearest is given), or an impossible value.
+        ZooError: Unknown recipe, key or name (the nearest is given), or an impossible value; of a
+            recipe as it stands, without overrides, also a claim that cannot be judged.
     """
     path = _find(recipe)
-    raw = _read(path)
-    changed = _assignments(overrides)
-    try:
-        for key, value in changed.items():
-            OmegaConf.update(raw, key, value, merge=False)
-        plain = contents(raw)
-    except OmegaConfBaseException as error:
-        raise ZooError(f"recipe {path.name}: {_line(error)}") from None
-    return _resolve(plain, path, changed)
+    plain, section = _plain(path, changed := _assignments(overrides))
+    config = _resolve(plain, path, changed)
+    if section is not None and not changed:
+        resolved_claim(path)
+    return config
+
+
+def claim(recipe: str | Path) -> Claim | None:
+    """Read the claim of a recipe, checked as far as it goes without its variants.
+
+    Args:
+        recipe: Name of a recipe, or path of a YAML file.
+
+    Raises:
+        ZooError: There is no such recipe, or the claim is malformed.
+    """
+    path = _find(recipe)
+    _, section = _plain(path, {})
+    return None if section is None else read_claim(section, f"recipe {path.name}: claim")
+
+
+def resolved_claim(recipe: str | Path) -> tuple[Claim, dict[str, Resolved]]:
+    """Read the claim of a recipe and resolve its variants.
+
+    Args:
+        recipe: Name of a recipe, or path of a YAML file.
+
+    Returns:
+        The claim, and its variants at seed 0 by name.
+
+    Raises:
+        ZooError: The recipe states no claim, or one that cannot be judged.
+    """
+    path = _find(recipe)
+    found = claim(path)
+    if found is None:
+        raise ZooError(f"recipe {str(recipe)!r} states no claim; 'zoo claim' lists those that do")
+
+    def resolve(overrides: Sequence[str]) -> Resolved:
+        config = load(path, overrides)
+        names = metric_names(config.task, data_module(config).test_names)
+        return Resolved(identify(config).id, contents(config), names)
+
+    return found, check_variants(found, f"recipe {path.name}: claim", resolve)
 
 
 def contents(config: Any) -> dict[str, Any]:
@@ -93,6 +131,15 @@ def contents(config: Any) -> dict[str, Any]:
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
     return plain
+
+
+def settings(config: DictConfig) -> dict[str, Any]:
+    """Return what figures may depend on, or where they were made, as plain data.
+
+    Args:
+        config: What `load` returned.
+    """
+    return {key: value for key, value in contents(config).items() if key not in _COMMENT}
 
 
 def run_id(recipe: str | Path, overrides: Sequence[str] = ()) -> str:
@@ -114,9 +161,7 @@ def identify(config: DictConfig) -> Identity:
     Args:
         config: What `load` returned.
     """
-    full = contents(config)
-    for key in _COMMENT:
-        del full[key]
+    full = settings(config)
     whole = _hash(full)
     slug = re.sub(r"[^a-z0-9_.]+", "-", config.attention.lower()).strip("-")[:80]
     for key in ("attention", "seed", "name", "track"):
@@ -159,6 +204,22 @@ def _read(path: Path) -> DictConfig:
     return raw
 
 
+def _plain(path: Path, changed: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return a recipe with its changes, and apart from it the claim that it states, or None."""
+    raw = _read(path)
+    try:
+        for key, value in changed.items():
+            OmegaConf.update(raw, key, value, merge=False)
+        plain = contents(raw)
+    except OmegaConfBaseException as error:
+        raise ZooError(f"recipe {path.name}: {_line(error)}") from None
+    stated = "claim" in plain
+    section = plain.pop("claim", None)
+    if stated and not isinstance(section, dict):
+        raise ZooError(f"recipe {path.name}: claim must be a mapping of keys to values")
+    return plain, section
+
+
 def _assignments(overrides: Sequence[str]) -> dict[str, Any]:
     """Read overrides into values by full key."""
     found: dict[str, Any] = {}
@@ -169,6 +230,8 @@ def _assignments(overrides: Sequence[str]) -> dict[str, Any]:
             raise ZooError(f"override {text!r} must be written key=value, such as seed=1")
         if key in found:
             raise ZooError(f"override {text!r}: {key!r} is given twice")
+        if key.partition(".")[0] == "claim":
+            raise ZooError(f"override {text!r}: a claim is what its file says; change it there")
         if key == "attention":  # a specification is text, whatever YAML would make of it
             found[key] = value
             continue
@@ -195,7 +258,7 @@ def _resolve(plain: dict[str, Any], path: Path, changed: dict[str, Any]) -> Dict
     for key, _ in _leaves(plain, options):
         if key not in known:
             origin = "override" if _given(key, changed) else f"key in recipe {path.name}"
-            names = [*known, *SHORT] if origin == "override" else known
+            names = [*known, *(SHORT if origin == "override" else ["claim"])]
             raise unknown(origin, key, names)
     plain["data"] = {**data, **plain["data"], "name": data["name"]}
     plain["model"] = contents(_merge(model, plain["model"], path, changed, "model."))

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.runs import stats
+from zoo.runs import claim_table, stats
+from zoo.runs.claims import FOLDER, Published, published
 from zoo.runs.markdown import NONE, code, table
 from zoo.runs.records import Record, read_all, replace_text
 from zoo.runs.standings import DIGITS, FLOOR, SEEDS, arrow, section, spread
@@ -42,17 +43,19 @@ sequence or image, forward.
 """
 
 
-def render(records: Iterable[Record]) -> str:
+def render(records: Iterable[Record], claims: Sequence[Published] = ()) -> str:
     """Return the page for a set of records.
 
     Args:
         records: Records in any order; the same record twice counts once.
+        claims: Claims with their verdicts, whose records stand in no other table.
     """
     tables = stats.tables(stats.summarise(records))
+    stated = [claim_table.section(claims)] if claims else []
     if not tables:
-        return f"{_PROTOCOL}\nThere are no records yet.\n"
+        return "\n".join([_PROTOCOL, *(stated or ["There are no records yet.\n"])])
     settings = _settings(tables)
-    parts = [_PROTOCOL, "## Summary\n", _summary(tables)]
+    parts = [_PROTOCOL, "## Summary\n", _summary(tables), *stated]
     track = None
     for key, rows in tables.items():
         if key.track != track:
@@ -60,6 +63,25 @@ def render(records: Iterable[Record]) -> str:
             parts.append(f"## Track {code(track)}\n")
         parts.append(section(key, rows, settings[key]))
     return "\n".join(parts)
+
+
+def page(folder: str | Path) -> tuple[str, int]:
+    """Render the records of a folder and of the folders in it.
+
+    The records of claims, in the folder `claims` inside it, stand in a section of their own.
+
+    Args:
+        folder: Folder of the records.
+
+    Returns:
+        The page and the number of records read.
+
+    Raises:
+        ZooError: There is no such folder, or a verdict is not what its records give.
+    """
+    records, claims = read_all(folder, recursive=True, without=FOLDER), published(folder)
+    count = sum(len(ids) for one in claims for ids in one.verdict.ids.values())
+    return render(records, claims), len(records) + count
 
 
 def write(folder: str | Path, path: str | Path) -> tuple[Path, int]:
@@ -73,10 +95,11 @@ def write(folder: str | Path, path: str | Path) -> tuple[Path, int]:
         The path and the number of records read.
 
     Raises:
-        ZooError: There is no such folder, or the page cannot be written.
+        ZooError: There is no such folder, a verdict is not what its records give, or the page
+            cannot be written.
     """
-    records = read_all(folder, recursive=True)
-    return replace_text(path, render(records)), len(records)
+    text, count = page(folder)
+    return replace_text(path, text), count
 
 
 def verify(path: str | Path, folder: str | Path) -> str:
@@ -96,7 +119,7 @@ def verify(path: str | Path, folder: str | Path) -> str:
         found = Path(path).read_bytes()
     except OSError as error:
         raise ZooError(f"cannot read the leaderboard {path}: {error.strerror or error}") from None
-    wanted = render(read_all(folder, recursive=True)).encode()
+    wanted = page(folder)[0].encode()
     if found == wanted:
         return ""
     pairs = zip(found.split(b"\n"), wanted.split(b"\n"), strict=False)
@@ -134,7 +157,8 @@ def _settings(tables: Mapping[Table, list[Row]]) -> dict[Table, dict[str, str]]:
         differing[key] = {
             name: min(values)
             for name, values in sorted(found.items())
-            if name not in ("attention", "seed", "optim.lr")
+            if name not in ("attention", "seed", "optim.lr", "description")
+            and not name.startswith("budget.")
             and len(values) == 1
             and any(other.get(name) != values for other in others)
         }

@@ -15,6 +15,12 @@ def code(text: str) -> str:
     return f"`{clean}`"
 
 
+def words(text: str) -> str:
+    """Write a sentence so that it stays in its line, in its cell and in the page."""
+    clean = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(f"\\{letter}" if letter in "\\`*_[]|" else letter for letter in clean)
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """Lay out a table.
 

@@ -224,7 +224,9 @@ def read(path: str | Path) -> Record:
     return record
 
 
-def read_all(folder: str | Path, *, recursive: bool = False) -> list[Record]:
+def read_all(
+    folder: str | Path, *, recursive: bool = False, without: str | None = None
+) -> list[Record]:
     """Read every record of a folder, in an order that does not depend on the file system.
 
     A file that is no record is named in a `RecordWarning` and skipped, and so is the older of two
@@ -233,6 +235,7 @@ def read_all(folder: str | Path, *, recursive: bool = False) -> list[Record]:
     Args:
         folder: Folder of the records.
         recursive: Whether to read the folders inside it too.
+        without: Name of a folder directly inside it that is left out.
 
     Raises:
         ZooError: There is no such folder.
@@ -242,6 +245,8 @@ def read_all(folder: str | Path, *, recursive: bool = False) -> list[Record]:
         raise ZooError(f"the records folder {folder} does not exist")
     found: dict[str, Record] = {}
     for path in sorted(folder.rglob("*.json") if recursive else folder.glob("*.json")):
+        if path.relative_to(folder).parts[0] == without:
+            continue
         try:
             record = read(path)
         except ZooError as error:

@@ -86,7 +86,7 @@ class Budget:
 
 @dataclass
 class Recipe:
-    """What to train: one YAML file.
+    """What to train: one YAML file, perhaps with a `Claim` in a section of its own.
 
     Args:
         name: Name of the recipe and, with .yaml, of its file.
@@ -197,7 +197,7 @@ def check(config: DictConfig, tests: list[str], task: str) -> None:
         if trainer[key] not in allowed:
             raise unknown(f"trainer.{key}", trainer[key], allowed)
     _check_strategy(trainer.strategy)
-    _check_metrics(config.metrics, find_task(task).names, tests)
+    _check_metrics(config.metrics, metric_names(task, tests))
     if config.budget.seeds < 1:
         raise ZooError(f"budget.seeds={config.budget.seeds} must be at least 1")
     for rate in config.budget.lrs:
@@ -213,11 +213,21 @@ def _check_strategy(name: str) -> None:
         raise unknown("trainer.strategy", name, allowed)
 
 
-def _check_metrics(metrics: DictConfig, names: tuple[str, ...], tests: list[str]) -> None:
-    splits = [test if test == "test" else f"test_{test}" for test in tests]
+def metric_names(task: str, tests: list[str]) -> list[str]:
+    """Names of the metrics that the record of a finished run holds.
+
+    Args:
+        task: Name of the task.
+        tests: Names of the data's test sets.
+    """
+    splits = ["val", *(test if test == "test" else f"test_{test}" for test in tests)]
+    return [f"{split}/{name}" for split in splits for name in find_task(task).names]
+
+
+def _check_metrics(metrics: DictConfig, names: list[str]) -> None:
     choices = {
-        "select": [f"val/{name}" for name in names],
-        "report": [f"{split}/{name}" for split in splits for name in names],
+        "select": [name for name in names if name.startswith("val/")],
+        "report": [name for name in names if not name.startswith("val/")],
         "mode": list(MODES),
     }
     for key, allowed in choices.items():

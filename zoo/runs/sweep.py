@@ -87,7 +87,7 @@ class SweepResult:
 
 def sweep(
     recipe: str,
-    grid: Mapping[str, Sequence[str]],
+    grid: Mapping[str, Sequence[str]] | Sequence[Sequence[str]],
     *,
     jobs: int = 1,
     records: str | Path = "runs/records",
@@ -103,7 +103,7 @@ def sweep(
 
     Args:
         recipe: Name or path of the recipe.
-        grid: Values by key, from `parse_grid`.
+        grid: Values by key, from `parse_grid`; or the overrides of every run.
         jobs: Number of processes at once; they share the processor's cores.
         records: Folder of the records.
         runs: Folder of the run folders.
@@ -119,7 +119,8 @@ def sweep(
         raise ZooError(f"jobs is {jobs!r}; it must be at least 1")
     command = [*(runner or (sys.executable, "-m", "zoo", "run")), recipe]
     work = _Sweep(command, jobs, Path(records), Path(runs))
-    for cell in _identified(recipe, cells(grid), Path(runs), identify):
+    every = cells(grid) if isinstance(grid, Mapping) else [list(cell) for cell in grid]
+    for cell in _identified(recipe, every, Path(runs), identify):
         if cell.error is not None:
             work.result.failed.append(cell)
         elif work.is_done(cell):

@@ -21,7 +21,7 @@ from zoo.runs import cost, environment
 from zoo.runs.build import CHECKPOINTS, CONFIG, build_task, example
 from zoo.runs.callbacks import Bar, Clock, Diverged, Keeper
 from zoo.runs.checkpoints import LAST, AtomicCheckpointIO, keeper_state, read_checkpoint
-from zoo.runs.config import contents, data_module, identify
+from zoo.runs.config import data_module, identify, settings
 from zoo.runs.records import Record, replace_text, write
 from zoo.runs.schema import accelerator
 from zoo.runs.setting import setting
@@ -188,7 +188,7 @@ class Training:
         Raises:
             ZooError: The folder cannot be written.
         """
-        config = contents(self.config)
+        config = settings(self.config)
         fingerprint = None if self._data is None else self._data.fingerprint
         cpu, wall = self.clock.median
         facts = {"device": environment.device("cpu"), **self._facts}
