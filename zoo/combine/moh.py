@@ -1,0 +1,526 @@
+"""MoH: mixture-of-head attention (Jin, Zhu, Yuan, Yan 2024).
+
+Multi-head attention is a sum over heads, y = sum_h o_h W_O^h. MoH weighs the sum for each token,
+and switches most heads of a token off:
+
+    y_t = sum_h g_th o_th W_O^h        g (B, H, N), from the token t that asks, not from its keys
+
+The first Hs = `shared_heads` heads are always on, of the He = H - Hs routed ones k = `top_k` are.
+With x_t (C,) the input of the layer, router "linear" (two stages, no biases) takes
+
+    p = softmax(W_g x_t) in R^He    routed gate g_e = k p_e / (sum of the k largest), 0 elsewhere
+    u = softmax(W_1 x_t) in R^Hs    shared gate g_s = Hs u_s (1 where Hs = 1)
+    a = 2 softmax(W_0 x_t) in R^2   a_1 times the shared, a_2 times the routed, where both exist
+
+so that an undecided router gives every active head the gate 1 and the scale is that of attention.
+Router "query_norm" has no parameters (for models already trained): p = softmax(n / std(n)), n_e the
+norm of routed head e's query, the unbiased std taken over these heads. Its gates are 0 or 1; in
+training the gradient goes straight through to p, for heads that are on. While training, the layer
+leaves a balance loss behind, `aux_weight` times
+
+    L = He^2 mean_e(f_e P_e)        f_e, P_e: means over all tokens of "e is on" and of p_e
+
+which is k for undecided or evenly used heads. Tokens whose key the mask hides from everybody are
+padding and do not count. Parameters C (He + [Hs] + [2]) beside W_O. Cost: the official code
+computes every head and then weighs, which saves nothing; the route "moh_skip" computes of a routed
+head only the rows whose gate is not 0, against all keys: 1/1.5 of the time at half of the heads.
+
+Where sources differ: with Hs = 1 the diffusion code lacks W_1 and stops; as in the vision code the
+gate is 1. The LLaMA code is for inference only: the straight-through gradient is our reading of the
+paper. It takes norms before rotation; those here come after, which is the same for RoPE but not for
+FoPE. Temperatures, norms and biases of the vision variant are other sockets' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from zoo.combine.concat import Concat
+from zoo.errors import ZooError, unknown
+from zoo.parts import Call, Layout, Project, repeat_heads
+from zoo.registry import Paper, Taxonomy, register
+from zoo.routes import Route, refuse_masks
+
+if TYPE_CHECKING:
+    from zoo.attention import Attention
+
+ROUTERS = ("linear", "query_norm")
+# Selected rows that are computed at once: few enough to skip most of the future under causality.
+STRIP_ROWS = 96
+# Where skipping was measured to pay: from so many tokens on, up to this share of routed heads on.
+SKIP_TOKENS, SKIP_SHARE = 1024, 0.7
+
+
+def moh_gates_reference(
+    x: Tensor,
+    heads: int,
+    shared_heads: int,
+    top_k: int,
+    w_routed: Tensor | None = None,
+    w_shared: Tensor | None = None,
+    w_balance: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gates of the two-stage router, token by token; any dtype.
+
+    Args:
+        x: (B, N, C).
+        heads: Heads H.
+        shared_heads: Heads Hs that are always on.
+        top_k: Routed heads that are on for a token.
+        w_routed: W_g (H - Hs, C), or None without routed heads.
+        w_shared: W_1 (Hs, C), or None for Hs < 2.
+        w_balance: W_0 (2, C), or None without one of the groups.
+
+    Returns:
+        Gates (B, H, N), and the balance loss without its weight (None without routed heads).
+    """
+    routed = heads - shared_heads
+    rows, chosen, scores = [], [], []
+    for token in x.flatten(0, 1):
+        if w_shared is not None:
+            shared = shared_heads * (w_shared @ token).softmax(0)
+        else:
+            shared = torch.ones_like(token[:shared_heads])
+        gates, on = token.new_zeros(routed), token.new_zeros(routed)
+        if w_routed is not None:
+            p = (w_routed @ token).softmax(0)
+            best = p.argsort(descending=True)[:top_k]
+            on[best] = 1
+            gates = on * p / p[best].sum() * top_k
+            chosen.append(on)
+            scores.append(p)
+        if w_balance is not None:
+            a = 2 * (w_balance @ token).softmax(0)
+            shared, gates = a[0] * shared, a[1] * gates
+        rows.append(torch.cat([shared, gates]))
+    loss = None
+    if scores:
+        f, p = torch.stack(chosen).mean(0), torch.stack(scores).mean(0)
+        loss = (f * p).mean() * routed**2
+    return torch.stack(rows).unflatten(0, x.shape[:2]).transpose(1, 2), loss
+
+
+def query_norm_gates_reference(q: Tensor, shared_heads: int, top_k: int) -> Tensor:
+    """Gates (B, H, N) of the router without parameters from q (B, H, N, D), token by token."""
+    gates = torch.ones_like(q[..., 0])
+    for b in range(q.shape[0]):
+        for t in range(q.shape[2]):
+            norms = torch.stack([head[t].square().sum().sqrt() for head in q[b, shared_heads:]])
+            p = (norms / norms.std()).softmax(0)
+            on = torch.zeros_like(p)
+            on[p.argsort(descending=True)[:top_k]] = 1
+            gates[b, shared_heads:, t] = on * (1 + p - p.detach())
+    return gates
+
+
+def moh_reference(y: Tensor, gates: Tensor, w_out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The heads in sum form.
+
+    Args:
+        y: Outputs of the heads, (B, H, N, D).
+        gates: (B, H, N).
+        w_out: W_O^T (C, H D), head by head.
+        bias: (C,), or None.
+    """
+    width = y.shape[3]
+    out = torch.zeros_like(y[:, 0, :, :1])
+    for h in range(y.shape[1]):
+        out = out + gates[:, h, :, None] * (y[:, h] @ w_out[:, h * width : (h + 1) * width].T)
+    return out if bias is None else out + bias
+
+
+def _strips(rows: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Cut the sorted rows of one head: which of them, the first and the last row."""
+    firsts, count = rows[::STRIP_ROWS].tolist(), len(rows)
+    lasts = rows[STRIP_ROWS - 1 :: STRIP_ROWS].tolist()
+    if count % STRIP_ROWS:
+        lasts += rows[-1:].tolist()
+    for i, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
+        yield slice(i * STRIP_ROWS, min((i + 1) * STRIP_ROWS, count)), first, last
+
+
+class _SelectedRows(torch.autograd.Function):
+    """Softmax attention of some rows of each head against all keys; zeros in the other rows.
+
+    The weights of a strip live in one reused buffer and are computed again in the backward pass.
+    Under causality the keys of a strip end at its last row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rows: Tensor,
+        counts: list[int],
+        causal: bool,
+        scale: float,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            ctx: Of autograd.
+            q: (B, H, N, D).
+            k: (B, H, M, D).
+            v: (B, H, M, E).
+            rows: Selected rows of all heads of all samples, sorted within each head.
+            counts: How many of them each head has.
+            causal: Row i sees keys 0..i.
+            scale: Factor on dot products.
+
+        Returns:
+            (B, H, N, E), laid out as (B, N, H, E).
+        """
+        samples, heads, length, _ = q.shape
+        y = q.new_zeros(samples, length, heads, v.shape[3]).transpose(1, 2)
+        spare = q.new_empty(STRIP_ROWS * k.shape[2])
+        for i, own in enumerate(rows.split(counts)):
+            b, h = divmod(i, heads)
+            keys, values = k[b, h].contiguous(), v[b, h].contiguous()
+            queries = q[b, h].index_select(0, own).mul_(scale)
+            out = q.new_empty(len(own), v.shape[3])
+            for part, first, last in _strips(own):
+                bounds = (own[part], first, last) if causal else None
+                weights = _SelectedRows.weights(queries[part], keys, bounds, spare)
+                torch.mm(weights, values[: weights.shape[1]], out=out[part])
+            y[b, h].index_copy_(0, own, out)
+        ctx.save_for_backward(q, k, v, rows)
+        ctx.counts, ctx.causal, ctx.scale = counts, causal, scale
+        return y
+
+    @staticmethod
+    def weights(
+        queries: Tensor, keys: Tensor, bounds: tuple[Tensor, int, int] | None, spare: Tensor
+    ) -> Tensor:
+        """Weights (R, M) of scaled queries (R, D), in the memory of `spare`."""
+        seen = len(keys) if bounds is None else bounds[2] + 1
+        scores = spare[: len(queries) * seen].view(len(queries), seen)
+        torch.mm(queries, keys[:seen].t(), out=scores)
+        if bounds is not None and bounds[1] < bounds[2]:
+            rows, first, last = bounds  # every row of the strip sees keys 0..first
+            late = torch.arange(first + 1, last + 1, device=keys.device)
+            scores[:, first + 1 :].masked_fill_(rows[:, None] < late, -torch.inf)
+        return torch.softmax(scores, -1, out=scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v."""
+        q, k, v, rows = ctx.saved_tensors
+        dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        spare = q.new_empty(2, STRIP_ROWS * k.shape[2])
+        for i, own in enumerate(rows.split(ctx.counts)):
+            b, h = divmod(i, q.shape[1])
+            keys, values = k[b, h].contiguous(), v[b, h].contiguous()
+            queries = q[b, h].index_select(0, own).mul_(ctx.scale)
+            wanted = grad[b, h].index_select(0, own)
+            moved = torch.empty_like(queries)
+            for part, first, last in _strips(own):
+                bounds = (own[part], first, last) if ctx.causal else None
+                weights = _SelectedRows.weights(queries[part], keys, bounds, spare[0])
+                seen = weights.shape[1]
+                dv[b, h, :seen].addmm_(weights.t(), wanted[part])
+                errors = spare[1, : weights.numel()].view_as(weights)
+                torch.mm(wanted[part], values[:seen].t(), out=errors)
+                torch.ops.aten._softmax_backward_data.out(
+                    errors, weights, -1, weights.dtype, grad_input=errors
+                )
+                torch.mm(errors, keys[:seen], out=moved[part])
+                dk[b, h, :seen].addmm_(errors.t(), queries[part])
+            dq[b, h].index_copy_(0, own, moved.mul_(ctx.scale))
+        return dq, dk, dv, None, None, None, None
+
+
+def _refuse(host: Attention, call: Call) -> str | None:
+    part = host.combine
+    assert isinstance(part, MoH)
+    if torch.compiler.is_compiling():
+        return "how many rows a head computes depends on the data, which no graph can hold"
+    for kind, name in (("score", "dot"), ("select", "all"), ("normalize", "softmax")):
+        if host.part_names[kind] != name:
+            return f"{kind} is {host.part_names[kind]!r}, not {name!r}"
+    if host.position.biases:
+        return f"position {host.part_names['position']!r} biases the scores"
+    if type(host.project).finish is not Project.finish:
+        return f"project {host.part_names['project']!r} reads the outputs of all heads"
+    if host._recorder is not None:
+        return "the outputs of all heads are being captured"
+    if call.mask is not None or call.bias is not None:
+        return "it takes no mask or bias"
+    if call.dropout:
+        return "it has no dropout"
+    if call.q.device.type != "cpu" or call.q.dtype not in (torch.float32, torch.float64):
+        return f"it is made for float32 and float64 on a CPU, not {call.q.dtype} on {call.q.device}"
+    reason = refuse_masks(call)
+    if reason or host.route != "auto":
+        return reason  # asked for by name, it also does what the dense form does faster
+    if min(call.q.shape[2], call.k.shape[2]) < SKIP_TOKENS:
+        return f"the dense form is faster below {SKIP_TOKENS} tokens"
+    if part.top_k > SKIP_SHARE * part.routed_heads:
+        return (
+            f"the dense form is faster with more than {SKIP_SHARE:.0%} of the routed heads on: "
+            f"{part.top_k} of {part.routed_heads}"
+        )
+    return None
+
+
+def _run(host: Attention, call: Call) -> Tensor:
+    part = host.combine
+    assert isinstance(part, MoH)
+    heads = call.q.shape[1]
+    sizes = [part.shared_heads, part.routed_heads]
+    # One split each: its backward is one concatenation.
+    q, k, v = (repeat_heads(x, heads).split(sizes, 1) for x in (call.q, call.k, call.v))
+    active = call.prepared["combine"]["active"][:, part.shared_heads :].flatten(0, 1)
+    rows, counts = active.nonzero()[:, 1], active.sum(1).tolist()
+    causal = call.causal and call.q.shape[2] > 1  # the newest token alone sees all keys held
+    y = _SelectedRows.apply(q[1], k[1], v[1], rows, counts, causal, call.scale)
+    if not part.shared_heads:
+        return y
+    shared = F.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=causal, scale=call.scale)
+    return torch.cat([shared.transpose(1, 2), y.transpose(1, 2)], 2).transpose(1, 2)
+
+
+def _real_tokens(call: Call) -> Tensor | None:
+    """Tokens (B, N) that are no padding, or None for all.
+
+    A mask speaks of keys: a token is padding if nobody may attend to it. Where the keys are not
+    the tokens (a context), none is.
+    """
+    before = call.q_start - call.k_start
+    length = call.x.shape[1]
+    if call.mask is None or call.cross or call.mask.shape[3] != before + length:
+        return None
+    seen = call.mask.any(1).any(1)  # (B|1, M)
+    return seen[:, before:].expand(len(call.x), -1)
+
+
+@register(
+    "moh",
+    kind="combine",
+    paper=Paper("MoH: Multi-Head Attention as Mixture-of-Head Attention", 2024, "2410.11842"),
+    taxonomy=Taxonomy(
+        sequences="self",
+        levels="single",
+        positions="global",
+        representations="multi_representational",
+        alignment="scaled_dot",
+        distribution="inherited",
+        complexity="quadratic",
+        trainable_params=True,
+    ),
+    parameters=(
+        "heads * v_dim * dim + bias * dim + (router == 'linear') * dim"
+        " * (lambda h, s: h - s + (s > 1) * s + (0 < s < h) * 2)"
+        "(heads, heads // 4 if shared_heads is None else shared_heads)"
+    ),
+    notes="the top-k is over heads; the weights over keys are the normalizer's",
+)
+class MoH(Concat):
+    """Heads that each token weighs, and mostly switches off, before they are summed.
+
+    Args:
+        dim: Channels.
+        layout: Head counts and widths.
+        bias: Add a bias to the output projection.
+        shared_heads: Heads that are always on, the first ones; default a quarter of the heads,
+            half of them for "query_norm" (the paper's patterns differ between models).
+        top_k: Routed heads that are on for a token; default so many that three quarters of all
+            heads are on (rounded down), but at least one.
+        router: "linear" (from the token) or "query_norm" (from its queries; no parameters).
+        aux_weight: Factor on the balance loss.
+        device: Where parameters are made.
+        dtype: Their type.
+
+    Raises:
+        ZooError: Unknown router, or numbers of heads that do not fit.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        layout: Layout,
+        bias: bool = False,
+        shared_heads: int | None = None,
+        top_k: int | None = None,
+        router: str = "linear",
+        aux_weight: float = 0.01,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, layout, bias, device, dtype)
+        if router not in ROUTERS:
+            raise unknown("router of 'moh'", router, ROUTERS)
+        if not isinstance(aux_weight, int | float) or not aux_weight >= 0:
+            raise ZooError(f"aux_weight={aux_weight!r} of 'moh' must be a number of at least 0")
+        heads = layout.heads
+        if shared_heads is None:
+            shared_heads = heads // (4 if router == "linear" else 2)
+        _check_count("shared_heads", shared_heads, 0, heads, f"{heads} heads")
+        routed = heads - shared_heads
+        if top_k is None:
+            top_k = min(routed, max(1, 3 * heads // 4 - shared_heads))
+        least = min(1, routed)  # a routed head that is never on would be dead weight
+        _check_count("top_k", top_k, least, routed, f"{routed} routed heads")
+        self.layout = layout
+        self.shared_heads, self.routed_heads, self.top_k = shared_heads, routed, top_k
+        self.router, self.aux_weight = router, float(aux_weight)
+
+        def linear(rows: int) -> nn.Linear | None:
+            if router != "linear" or not rows:
+                return None
+            return nn.Linear(dim, rows, bias=False, device=device, dtype=dtype)
+
+        self.routed = linear(routed)
+        self.shared = linear(shared_heads if shared_heads > 1 else 0)
+        self.balance = linear(2 if routed and shared_heads else 0)
+
+    def incompatible(self, host: Attention) -> str | None:
+        """Norms of queries say nothing once they have been normalised."""
+        if self.router == "query_norm" and host.q_norm is not None:
+            return (
+                "router='query_norm' of 'moh' reads the norms of the queries, which qk_norm=True "
+                "makes alike; use router='linear'"
+            )
+        return None
+
+    def prepare(self, call: Call) -> Mapping[str, Any]:
+        """Route every token, once for all that read it.
+
+        Returns:
+            gates (B, H, N) in float32 at least, active (B, H, N): the heads that are on, and
+            real (B, N): tokens that are no padding, or None for all.
+        """
+        # Outside autocast: a router in half precision breaks ties by rounding.
+        with torch.autocast(call.x.device.type, enabled=False):
+            gates, active, p = self._route(call)
+        real = _real_tokens(call)
+        if self.training and self.aux_weight and p is not None:
+            on = active[..., self.shared_heads :]
+            self.aux_losses["moh_balance"] = self.aux_weight * _balance_loss(on, p, real)
+        return {"gates": gates.transpose(1, 2), "active": active.transpose(1, 2), "real": real}
+
+    def _route(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gates (B, N, H), heads that are on (B, N, H), softmax over the routed ones (B, N, He)."""
+        x = call.x.to(torch.promote_types(call.x.dtype, torch.float32))
+        shared = x.new_ones(*x.shape[:2], self.shared_heads)
+        on = torch.ones_like(shared, dtype=torch.bool)
+        if self.shared is not None:
+            shared = self.shared_heads * _softmax(self.shared, x)
+        if not self.routed_heads:
+            return shared, on, None
+        p = self._query_scores(call.q) if self.routed is None else _softmax(self.routed, x)
+        best = p.topk(self.top_k, -1)
+        chosen = torch.zeros_like(p, dtype=torch.bool).scatter(-1, best.indices, True)
+        if self.router == "query_norm":
+            gates = chosen.to(p.dtype)
+            if self.training:
+                gates = gates * (1 + p - p.detach())
+        elif self.top_k == 1:
+            gates = chosen + 0 * p  # p_e / p_e without its rounding: the gradient is a true zero
+        else:
+            total = best.values.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps)
+            gates = chosen * p * (self.top_k / total)
+        if self.balance is not None:
+            a = 2 * _softmax(self.balance, x)
+            shared, gates = shared * a[..., :1], gates * a[..., 1:]
+        return torch.cat([shared, gates], -1), torch.cat([on, chosen], -1), p
+
+    def _query_scores(self, q: Tensor) -> Tensor:
+        """Softmax (B, N, He) over the norms of the routed heads' queries.
+
+        A normalizer may give a head several score heads: their queries count as one vector.
+        """
+        q = q.unflatten(1, (self.layout.heads, -1))[:, self.shared_heads :]  # (B, He, S, N, D)
+        q = q.to(torch.promote_types(q.dtype, torch.float32)).transpose(2, 3)
+        norms = torch.linalg.vector_norm(q, dim=(3, 4)).transpose(1, 2)
+        if self.routed_heads > 1:
+            # Equal norms (zero queries) have no spread to divide by.
+            tiny = torch.finfo(norms.dtype).tiny ** 0.5
+            norms = norms / norms.std(-1, keepdim=True).clamp(min=tiny)
+        return norms.softmax(-1)
+
+    def forward(
+        self, y: Tensor, x: Tensor, prepared: Mapping[str, Any] = MappingProxyType({})
+    ) -> Tensor:
+        """(B, N, C) from (B, H, N, v_dim)."""
+        gates = prepared["gates"].to(y.dtype)
+        return super().forward(y * gates[..., None], x)
+
+    def routes(self) -> tuple[Route, ...]:
+        """Skip the rows of routed heads whose gate is 0."""
+        return (Route("moh_skip", _refuse, _run),) if self.routed_heads else ()
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return (
+            f"shared_heads={self.shared_heads}, top_k={self.top_k} of {self.routed_heads}, "
+            f"router={self.router}, aux_weight={self.aux_weight:g}"
+        )
+
+
+def _check_count(name: str, value: int, least: int, most: int, of: str) -> None:
+    if type(value) is not int or not least <= value <= most:
+        number = value if isinstance(value, int | float) else least
+        near = int(min(max(number, least), most))
+        raise ZooError(
+            f"{name}={value!r} of 'moh' must be a whole number from {least} to {most} with {of}; "
+            f"nearest allowed {name}={near}"
+        )
+
+
+def _softmax(router: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, router.weight.to(x.dtype)).softmax(-1)
+
+
+def _balance_loss(on: Tensor, p: Tensor, real: Tensor | None) -> Tensor:
+    """He^2 mean_e(f_e P_e) from what is on and p, both (B, N, He), over the real tokens."""
+    weight = torch.ones_like(p[..., :1]) if real is None else real[..., None].to(p.dtype)
+    weight = weight / weight.sum().clamp(min=1)
+    f, mean = (weight * on).sum((0, 1)), (weight * p).sum((0, 1))
+    return (f * mean).mean() * p.shape[-1] ** 2
+
+
+@contextmanager
+def head_usage(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Count how often each head is on, in every MoH layer of a model, inside the block.
+
+    Yields:
+        By module name, the fraction of tokens (padding left out) for which each head was on,
+        (H,), over all passes so far.
+
+    Raises:
+        ZooError: The model has no such layer.
+    """
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, MoH)}
+    if not parts:
+        raise ZooError(f"{type(model).__name__} has no 'moh' layer whose heads could be counted")
+    usage: dict[str, Tensor] = {}
+    tokens = dict.fromkeys(parts, 0.0)
+    hooks = []
+    for name, part in parts.items():
+
+        def count(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            active, real = args[2]["active"], args[2]["real"]
+            counted = active if real is None else active & real[:, None]
+            new = float(active.shape[0] * active.shape[2] if real is None else real.sum())
+            before = usage.get(name, torch.zeros((), device=active.device))
+            total = before * tokens[name] + counted.sum((0, 2))
+            tokens[name] += new
+            usage[name] = total / max(tokens[name], 1.0)
+
+        hooks.append(part.register_forward_pre_hook(count))
+    try:
+        yield usage
+    finally:
+        for hook in hooks:
+            hook.remove()
