@@ -4,6 +4,7 @@
 #   make test            lint, types and tests, as CI runs them
 #   make test-all        the slow tests as well, and the GPU ones where there is a GPU
 #   make leaderboard     regenerate leaderboard.md from the published records
+#   make docs            renew what README.md and docs/ say of the registry
 #
 # VENV=PATH uses (or creates) an environment elsewhere; the install takes about 6 GB.
 
@@ -16,10 +17,10 @@ DEMO := runs/demo
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format leaderboard readme clean
+.PHONY: help install demo test test-all lint format leaderboard readme docs clean
 
 help: ## Say what there is
-	@sed -n '1,9s/^# \{0,1\}//p' Makefile
+	@sed -n '1,10s/^# \{0,1\}//p' Makefile
 
 # An environment is up to date for one checkout at one state of its metadata: the stamp says which.
 install:
@@ -62,6 +63,9 @@ leaderboard: install
 
 readme: install
 	@$(BIN)/python -m zoo.catalogue README.md
+
+docs: readme
+	@$(BIN)/python -m zoo.compositions docs/compositions.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
