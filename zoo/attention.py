@@ -346,8 +346,11 @@ class Attention(nn.Module):
                 raise unknown("argument of explain", name, (*names, "cache"))
         mask, bias, positions, others = (inputs.get(name) for name in names)
         self._check_input(x, context, mask, bias, False)
+        losses = [(part, dict(part.aux_losses)) for part in self.socket_parts()]
         with torch.no_grad():
             call = self._call(x, context, mask, bias, positions, others, copy.deepcopy(cache))
+        for part, before in losses:  # those of the latest forward pass are still to be added up
+            part.aux_losses = before
         return routes.explain(self, call)
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +20,19 @@ def _backward(grad: Shape, q: Shape, k: Shape, v: Shape, *args: Any, **kwargs: A
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
+def _product(into: Shape, a: Shape, b: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(a) * b[-1]
+
+
 # Some versions know the fused attention of a GPU but not that of a processor, and count nothing.
 _CPU_ATTENTION: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
 }
+# Products that are added in place, as hand-written backward passes do, are operations of their own.
+_IN_PLACE: dict[Any, Callable[..., int]] = dict.fromkeys(
+    (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), _product
+)
 
 
 def count(call: Callable[[], object]) -> int:
@@ -35,6 +44,6 @@ def count(call: Callable[[], object]) -> int:
     Args:
         call: What to count; it is called once.
     """
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION | _IN_PLACE) as counter:
         call()
     return int(counter.get_total_flops())
