@@ -25,6 +25,9 @@ padding and do not count. Parameters C (He + [Hs] + [2]) beside W_O. Cost: the o
 computes every head and then weighs, which saves nothing; the route "moh_skip" computes of a routed
 head only the rows whose gate is not 0, against all keys: 1/1.5 of the time at half of the heads.
 
+The paper adds the mean of the layers' losses, `zoo.auxiliary_losses` their sum: in a model of n
+layers its weight of 0.01 is `aux_weight` 0.01 / n.
+
 Where sources differ: with Hs = 1 the diffusion code lacks W_1 and stops; as in the vision code the
 gate is 1. The LLaMA code is for inference only: the straight-through gradient is our reading of the
 paper. It takes norms before rotation; those here come after, which is the same for RoPE but not for
@@ -33,6 +36,7 @@ FoPE. Temperatures, norms and biases of the vision variant are other sockets' bu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -117,7 +121,7 @@ def query_norm_gates_reference(q: Tensor, shared_heads: int, top_k: int) -> Tens
             p = (norms / norms.std()).softmax(0)
             on = torch.zeros_like(p)
             on[p.argsort(descending=True)[:top_k]] = 1
-            gates[b, shared_heads:, t] = on * (1 + p - p.detach())
+            gates[b, shared_heads:, t] = on * (1 + (p - p.detach()))
     return gates
 
 
@@ -337,7 +341,7 @@ class MoH(Concat):
         top_k: Routed heads that are on for a token; default so many that three quarters of all
             heads are on (rounded down), but at least one.
         router: "linear" (from the token) or "query_norm" (from its queries; no parameters).
-        aux_weight: Factor on the balance loss.
+        aux_weight: Factor on the balance loss of this layer; those of all layers are summed.
         device: Where parameters are made.
         dtype: Their type.
 
@@ -360,8 +364,12 @@ class MoH(Concat):
         super().__init__(dim, layout, bias, device, dtype)
         if router not in ROUTERS:
             raise unknown("router of 'moh'", router, ROUTERS)
-        if not isinstance(aux_weight, int | float) or not aux_weight >= 0:
-            raise ZooError(f"aux_weight={aux_weight!r} of 'moh' must be a number of at least 0")
+        number = isinstance(aux_weight, int | float) and not isinstance(aux_weight, bool)
+        if not number or not 0 <= aux_weight < math.inf:
+            raise ZooError(
+                f"aux_weight={aux_weight!r} of 'moh' must be a finite number of at least 0; the "
+                "default is 0.01"
+            )
         heads = layout.heads
         if shared_heads is None:
             shared_heads = heads // (4 if router == "linear" else 2)
@@ -424,7 +432,7 @@ class MoH(Concat):
         if self.router == "query_norm":
             gates = chosen.to(p.dtype)
             if self.training:
-                gates = gates * (1 + p - p.detach())
+                gates = gates * (1 + (p - p.detach()))
         elif self.top_k == 1:
             gates = chosen + 0 * p  # p_e / p_e without its rounding: the gradient is a true zero
         else:
@@ -443,10 +451,11 @@ class MoH(Concat):
         q = q.unflatten(1, (self.layout.heads, -1))[:, self.shared_heads :]  # (B, He, S, N, D)
         q = q.to(torch.promote_types(q.dtype, torch.float32)).transpose(2, 3)
         norms = torch.linalg.vector_norm(q, dim=(3, 4)).transpose(1, 2)
-        if self.routed_heads > 1:
-            # Equal norms (zero queries) have no spread to divide by.
-            tiny = torch.finfo(norms.dtype).tiny ** 0.5
-            norms = norms / norms.std(-1, keepdim=True).clamp(min=tiny)
+        if self.routed_heads > 1 and norms.numel():
+            spread = norms.std(-1, keepdim=True)
+            # Equal norms have no spread to divide by, only rounding that would blow up gradients.
+            least = torch.finfo(norms.dtype).eps * norms.mean(-1, keepdim=True)
+            norms = norms / torch.where(spread > least, spread, 1.0)
         return norms.softmax(-1)
 
     def forward(
@@ -470,7 +479,7 @@ class MoH(Concat):
 
 def _check_count(name: str, value: int, least: int, most: int, of: str) -> None:
     if type(value) is not int or not least <= value <= most:
-        number = value if isinstance(value, int | float) else least
+        number = value if isinstance(value, int | float) and math.isfinite(value) else least
         near = int(min(max(number, least), most))
         raise ZooError(
             f"{name}={value!r} of 'moh' must be a whole number from {least} to {most} with {of}; "
