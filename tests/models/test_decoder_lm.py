@@ -73,6 +73,14 @@ def test_layers_differ_as_the_layout_says():
     assert [block.attn.kv_heads for block in model.blocks] == [1, 1, 4, 1, 4]
 
 
+def test_heads_can_be_narrower_than_the_model_has_room_for():
+    model = build(heads=1, head_dim=8)
+    for block in model.blocks:
+        assert block.attn.layout.qk_dim == block.attn.layout.v_dim == 8
+        assert block.attn.project.qkv.weight.shape == (3 * 8, 32)
+    assert model(TOKENS).shape == (*TOKENS.shape, 11)
+
+
 def test_a_position_that_embeds_is_added_once_below_the_layers():
     model = build(position="learned")
     assert model.position is not None
@@ -192,6 +200,10 @@ def test_prompts_of_different_lengths_continue_as_they_would_alone(attention):
         ({"layers": {"every": 0, "other": "mha"}}, "every=0"),
         ({"depth": 0}, "depth=0"),
         ({"num_outputs": 0}, "num_outputs=0 must be at least 1"),
+        ({"attention": "gru", "head_dim": 4}, "head_dim=4 is for attention in sockets; 'gru'"),
+        ({"attention": "gru", "kv_heads": 2}, "kv_heads=2 is for attention in sockets; 'gru'"),
+        ({"attention": "gru", "qk_norm": True}, "qk_norm=True is for attention in sockets; 'gru'"),
+        ({"head_dim": 0}, "head_dim"),
         ({"dropout": 1.5}, "dropout"),
     ],
     ids=str,

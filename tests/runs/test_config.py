@@ -8,7 +8,9 @@ from omegaconf import OmegaConf
 
 import zoo.runs.config as subject
 from zoo.errors import ZooError
+from zoo.resources import folder
 from zoo.runs.config import contents, identify, load, recipes, run_id
+from zoo.runs.records import read
 from zoo.runs.schema import accelerator
 
 
@@ -222,6 +224,19 @@ def test_what_two_runs_of_one_table_share():
         assert identify(load("mqar", [change])).group == group
     for change in ("steps=10", "model.conv=0", "data.pairs=2", "optim.clip=null", "batch=16"):
         assert identify(load("mqar", [change])).group != group
+
+
+def test_options_that_came_later_leave_the_published_records_their_ids():
+    found = [read(path) for path in sorted((folder("data") / "runs").glob("*.json"))]
+    assert len(found) > 50
+    for record in found:
+        now = [f"attention={record.attention}", f"seed={record.seed}", f"lr={record.lr}"]
+        now += [f"steps={record.config['trainer']['max_steps']}"]
+        assert identify(load(record.recipe, now)).id == record.id
+    bytes_ = run_id("bytes")
+    assert run_id("bytes", ["model.head_dim=null", "data.test_lengths=[]"]) == bytes_
+    assert run_id("bytes", ["model.head_dim=8"]) != bytes_
+    assert run_id("bytes", ["data.test_lengths=[64]"]) != bytes_
 
 
 def test_a_run_is_named_by_recipe_attention_seed_and_hash():

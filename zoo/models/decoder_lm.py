@@ -158,6 +158,7 @@ class DecoderLM(nn.Module):
         mlp: Width of the MLP over `dim`, 0 for none; 8/3 makes SwiGLU as large as a plain MLP of 4.
         dropout: On residual branches, embeddings and attention weights.
         kv_heads: Key/value heads, None for the projection's default.
+        head_dim: Width of a head, None for ``dim // heads``.
         qk_norm: RMSNorm on q and k.
         tie: Output layer shares the embedding, where it gives logits.
         num_outputs: Numbers to give at every position in place of logits, for regression.
@@ -184,6 +185,7 @@ class DecoderLM(nn.Module):
         mlp: float = 8 / 3,
         dropout: float = 0.0,
         kv_heads: int | None = None,
+        head_dim: int | None = None,
         qk_norm: bool = False,
         tie: bool = True,
         num_outputs: int | None = None,
@@ -207,9 +209,15 @@ class DecoderLM(nn.Module):
         self.blocks = nn.ModuleList()
         for i, spec in enumerate(self.specs):
             options: dict[str, Any] = {"dim": dim, "heads": heads, "causal": True, **made}
-            if info(parse(spec)[0].name).kind != "mixer":
-                options.update(
-                    dropout=dropout, kv_heads=kv_heads, qk_norm=qk_norm, max_len=max_len, depth=i
+            entry = info(parse(spec)[0].name)
+            heads_only = {"kv_heads": kv_heads, "head_dim": head_dim, "qk_norm": qk_norm}
+            if entry.kind != "mixer":
+                options.update(heads_only, dropout=dropout, max_len=max_len, depth=i)
+            elif given := {key: value for key, value in heads_only.items() if value}:
+                key, value = given.popitem()
+                raise ZooError(
+                    f"{key}={value!r} is for attention in sockets; {entry.name!r} is a whole "
+                    "module and has no such option"
                 )
             mixer = create(spec, **options)
             self.blocks.append(Block(dim, mixer, hidden, conv, dropout, **made))

@@ -39,6 +39,9 @@ _PLACE = {
     "data": ("eval_batch_size", "num_workers", "root"),
     "trainer": ("accelerator", "checkpoint_every", "devices", "strategy"),
 }
+# Options that came after the first records, with the value that means what was before them: the
+# records keep their ids, and stand in one table with new ones.
+_LATER: dict[str, dict[str, Any]] = {"data": {"test_lengths": []}, "model": {"head_dim": None}}
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,10 @@ def identify(config: DictConfig) -> Identity:
         config: What `load` returned.
     """
     full = settings(config)
+    for section, options in _LATER.items():
+        for key, before in options.items():
+            if full[section].get(key, before) == before:
+                full[section].pop(key, None)
     whole = _hash(full)
     slug = re.sub(r"[^a-z0-9_.]+", "-", config.attention.lower()).strip("-")[:80]
     for key in ("attention", "seed", "name", "track"):

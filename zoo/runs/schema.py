@@ -23,7 +23,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-t
 MODES = ("max", "min")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 # What the data decide or the recipe says elsewhere.
-_FROM_DATA = ("vocab_size", "num_classes", "image_shape")
+_FROM_DATA = ("vocab_size", "num_outputs", "num_classes", "image_shape")
 _NOT_OPTIONS = (*_FROM_DATA, "name", "attention", "max_len", "device", "dtype")
 
 
