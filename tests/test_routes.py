@@ -18,6 +18,18 @@ from zoo.parts import Call, Position, Select, Strip
 from zoo.routes import Explanation, Route
 
 
+@pytest.mark.parametrize("spec", ["mha", "mha+rope", "differential", "moh", "mha+alibi"])
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_a_scale_that_is_not_positive_is_right_on_every_route(spec: str, scale: float) -> None:
+    host = zoo.create(spec, 24, 4, causal=True, scale=scale, dtype=torch.float64)
+    x = draw(2, 5, 24)
+    host.route = "dense"
+    expected = settle(host, x)
+    host.route = "auto"
+    for name, value in settle(host, x).items():
+        assert_close(value, expected[name], name, gradient=name != "output")
+
+
 class Even(Select):
     """Lets queries meet keys of even index, and themselves."""
 

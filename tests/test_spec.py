@@ -329,3 +329,18 @@ def test_create_takes_options_beside_the_spec() -> None:
         zoo.create("mha", 8)
     with pytest.raises(ZooError, match="too many positional"):
         zoo.create("mha", 8, 2, "mha", 4)
+
+
+@pytest.mark.parametrize(("word", "shared"), [("true", True), ("False", False), ("false", False)])
+def test_switches_are_read_as_yaml_and_python_write_them(word: str, shared: bool) -> None:
+    (part,) = parse(f"cope(shared={word})")
+    assert part.options == {"shared": shared}
+    assert canonical(f"cope(npos=4, shared={word})") == (
+        "mha+cope(npos=4, shared=True)" if shared else "mha+cope(npos=4)"
+    )
+
+
+@pytest.mark.parametrize("value", ["no", 1, None, "'false'"])
+def test_a_switch_that_is_no_truth_value_is_refused(value: object) -> None:
+    with pytest.raises(ZooError, match=r"sep_key=.* of CoPE must be True or False"):
+        zoo.create(f"cope(npos=4, sep_key={value})", 16, 2, causal=True)

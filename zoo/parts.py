@@ -402,8 +402,15 @@ class Combine(Part):
 
 
 def build(cls: type, facts: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-    """Construct a part, handing it the facts its constructor asks for and the user's options."""
+    """Construct a part, handing it the facts its constructor asks for and the user's options.
+
+    Raises:
+        ZooError: A switch that is neither True nor False; any word would pass for True.
+    """
     wanted = inspect.signature(cls).parameters
+    for name, value in options.items():
+        if isinstance(wanted[name].default, bool) and not isinstance(value, bool):
+            raise ZooError(f"{name}={value!r} of {cls.__name__} must be True or False")
     return cls(**{k: v for k, v in facts.items() if k in wanted}, **options)
 
 

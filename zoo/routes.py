@@ -76,6 +76,8 @@ def refuse_masks(call: Call) -> str | None:
     """Reason why one fused call cannot take the masks and biases of a pass, or None."""
     rows, keys = call.q.shape[2], call.k.shape[2]
     if call.causal and rows > 1:
+        if not call.scale > 0:
+            return f"its causal form multiplies -inf by the scale, which is {call.scale:g}"
         if rows != keys:
             return "its causal mask starts top-left, but there are cached keys"
         if call.mask is not None or call.bias is not None:

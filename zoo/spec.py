@@ -52,14 +52,18 @@ class PartSpec:
 def _plain(value: Any) -> str:
     """Write a value so that it parses back: words stay bare, everything else is a literal."""
     word = isinstance(value, str) and value.isascii() and value.isidentifier()
-    return value if word and value != "inf" and not keyword.iskeyword(value) else repr(value)
+    return value if word and value not in _WORDS and not keyword.iskeyword(value) else repr(value)
 
 
-class _Infinity(ast.NodeTransformer):
-    """Reads ``inf``, which repr writes but Python has no literal for."""
+# ``inf`` is what repr writes, but no literal of Python; ``true`` is how YAML and shells say it.
+_WORDS = {"inf": math.inf, "true": True, "false": False}
+
+
+class _Words(ast.NodeTransformer):
+    """Reads words that stand for a value."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return ast.Constant(math.inf) if node.id == "inf" else node
+        return ast.Constant(_WORDS[node.id]) if node.id in _WORDS else node
 
 
 def split(text: str, separator: str) -> list[str]:
@@ -96,7 +100,7 @@ def _part(text: str) -> PartSpec:
     if not bracket:
         return PartSpec(name)
     try:
-        call = _Infinity().visit(ast.parse(f"_({rest}", mode="eval").body)
+        call = _Words().visit(ast.parse(f"_({rest}", mode="eval").body)
     except SyntaxError as error:
         raise ZooError(f"specification {text!r}: cannot read the options ({error.msg})") from error
     if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
