@@ -304,13 +304,7 @@ class Attention(nn.Module):
         if cache is not None and not self.traits.decode:
             raise ZooError(f"{self.spec!r} cannot decode step by step; it takes no cache")
         call = self._call(x, context, mask, bias, positions, context_positions, cache)
-        if self.attend is not None:
-            y = self.attend(call)
-        else:
-            y = routes.choose(self, call).run(self, call)
-        y = self.project.finish(y)
-        if self.attend is None:
-            y = self.normalize.finish(y)
+        y = self.mix(call)
         if cache is not None:
             cache.length += x.shape[1]
         gate = self.head_gate if head_gate is None else head_gate
@@ -325,6 +319,20 @@ class Attention(nn.Module):
             return out
         assert weights is not None
         return out, weights
+
+    def prepare(self, call: Call) -> Call:
+        """Let the parts prepare a pass, whose q, k and v are what they should be."""
+        for part in self.socket_parts():
+            if type(part).prepare is not Part.prepare:
+                call.prepared[part.kind] = part.prepare(call)
+        return call
+
+    def mix(self, call: Call) -> Tensor:
+        """Outputs of the heads, (B, heads, N, v_dim), of a prepared pass."""
+        if self.attend is not None:
+            return self.project.finish(self.attend(call))
+        y = routes.choose(self, call).run(self, call)
+        return self.normalize.finish(self.project.finish(y))
 
     def explain(
         self, x: Tensor, context: Tensor | None = None, **inputs: Any
@@ -382,8 +390,7 @@ class Attention(nn.Module):
         cache: LayerCache | None,
     ) -> Call:
         """Project, place and collect everything the parts may ask for."""
-        parts = self.socket_parts()
-        for part in parts:
+        for part in self.socket_parts():
             part.aux_losses.clear()
         length = x.shape[1]
         start = cache.length if cache is not None else 0
@@ -447,10 +454,7 @@ class Attention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             cache=cache,
         )
-        for part in parts:
-            if type(part).prepare is not Part.prepare:
-                call.prepared[part.kind] = part.prepare(call)
-        return call
+        return self.prepare(call)
 
     def _remember(
         self, cache: LayerCache, k: Tensor, v: Tensor, positions: Tensor

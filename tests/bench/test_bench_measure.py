@@ -252,3 +252,22 @@ def test_spread_and_speed() -> None:
     # Each round is compared with itself: a slow machine in the second changes nothing.
     assert timing.speed([1.0, 10.0, 1.0], [0.5, 5.0, 0.5]) == 2.0
     assert timing.speed([], []) is None
+
+
+def test_the_core_is_measured_without_the_projections() -> None:
+    specs = ["mha+rope", "linear", "moh", "cope(npos=4)"]
+    report = measure(Setting(specs=specs, lengths=[16], core=True, **TINY))
+    assert all(row.error is None for row in report.rows)
+    core = 2 * 2 * 16 * 16 * TINY["dim"]
+    flops = {row.spec: row.flops for row in report.of("mha", "forward")}
+    assert flops == {"mha": core}
+    (both,) = report.of("mha", "forward+backward")
+    assert both.flops == 3.5 * core
+    (moh,) = report.of("moh", "forward")
+    assert moh.flops == core + 2 * 16 * 8 * 2  # its router is prepared with the heads
+
+
+def test_what_is_no_host_has_no_core() -> None:
+    report = measure(Setting(specs=["gru", HANDWRITTEN], lengths=[8], core=True, **TINY))
+    assert report.failed == ["gru", HANDWRITTEN]
+    assert all("is no host" in row.error for row in report.rows if row.spec != "mha")

@@ -7,6 +7,7 @@ straightforward form of ``cog``, ``cog@engine`` the strip engine's.
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,6 +53,33 @@ class Handwritten(nn.Module):
         q, k, v = heads.unbind(2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Core(nn.Module):
+    """What a host does between its projections: from q, k and v, which are leaves, to the heads.
+
+    Args:
+        host: The host.
+        x: Its input (B, N, C), from which it makes q, k and v once.
+
+    Raises:
+        ZooError: The contender is no host.
+    """
+
+    def __init__(self, host: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        if not isinstance(host, Attention):
+            raise ZooError(f"{type(host).__name__} is no host of parts and has no core")
+        self.host = host
+        with torch.no_grad():
+            self.call = host._call(x, None, None, None, None, None, None)
+        self.leaves = nn.ParameterList(getattr(self.call, name).clone() for name in ("q", "k", "v"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of the heads (B, H, N, D); `x` only says what the pass is for."""
+        q, k, v = self.leaves
+        call = replace(self.call, q=q, k=k, v=v, prepared={})
+        return self.host.mix(self.host.prepare(call))
 
 
 def resolve(name: str) -> str:

@@ -38,6 +38,7 @@ class Setting:
         causal: Query i sees keys 0..i only.
         threads: Threads of torch on the CPU.
         backward: Measure forward+backward as well.
+        core: Measure what a host does between its projections only.
         baseline: What the others are compared with.
         rounds: How often every contender has its turn, at least.
         seconds: Rounds go on until one contender has been timed for so long, for each length and
@@ -59,6 +60,7 @@ class Setting:
     causal: bool = True
     threads: int = 1
     backward: bool = True
+    core: bool = False
     baseline: str = "mha"
     rounds: int = 5
     seconds: float = 1.0
@@ -288,9 +290,11 @@ def _prepare(setting: Setting, row: Row) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(0)
     shape = (setting.batch, row.length, setting.dim)
     x = torch.randn(shape, generator=generator).to(setting.device, dtype)
+    if setting.core:
+        module = contenders.Core(module, x)
     call = _forward(module, x) if row.kind == PASSES[0] else _both(module, x)
     with torch.set_grad_enabled(row.kind != PASSES[0]):
-        row.route = contenders.route(module, x)
+        row.route = contenders.route(getattr(module, "host", module), x)
     call()
     return call
 
@@ -307,10 +311,10 @@ def _forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
 
 def _both(module: nn.Module, x: Tensor) -> Callable[[], object]:
     x.requires_grad_()
-    gradient = torch.ones_like(x)
 
     def call() -> None:
-        module(x).backward(gradient)
+        y = module(x)
+        y.backward(torch.ones_like(y))
         x.grad = None
         module.zero_grad(set_to_none=True)
 

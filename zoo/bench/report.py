@@ -27,7 +27,8 @@ def slug(report: Report) -> str:
     setting = report.setting
     names = "-".join(setting.specs)
     words = f"{names[:80]}-d{setting.dim}h{setting.heads}b{setting.batch}-{setting.device}"
-    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", words + ("-causal" if setting.causal else ""))
+    words += ("-causal" if setting.causal else "") + ("-core" if setting.core else "")
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", words)
 
 
 def header(report: Report) -> str:
@@ -38,7 +39,8 @@ def header(report: Report) -> str:
     return "\n".join(
         [
             f"B={s.batch} C={s.dim} H={s.heads} {'causal' if s.causal else 'bidirectional'} "
-            f"{s.dtype}, {where['name']} ({s.device}, threads={s.threads})",
+            f"{'core only, ' if s.core else ''}{s.dtype}, {where['name']} ({s.device}, "
+            f"threads={s.threads})",
             "ms, CPU ms: median elapsed and processor time of a call, each with its interquartile "
             "range, over interleaved rounds",
             f"speed: times as fast as {s.baseline!r} in the same rounds",

@@ -28,6 +28,9 @@ def bench(
     forward_only: Annotated[
         bool, typer.Option("--forward-only", help="Leave out forward+backward.")
     ] = False,
+    core: Annotated[
+        bool, typer.Option("--core", help="From q, k, v to the heads only, without projections.")
+    ] = False,
     baseline: Annotated[str, typer.Option(help="What the others are compared with.")] = "mha",
     repeats: Annotated[int, typer.Option(help="Rounds, at least.")] = 5,
     min_time: Annotated[
@@ -56,6 +59,7 @@ def bench(
         causal=causal,
         threads=threads,
         backward=not forward_only,
+        core=core,
         baseline=baseline,
         rounds=repeats,
         seconds=min_time,
