@@ -17,6 +17,8 @@ HUB = {"cifar10": "digits", "fashion_mnist": "digits", "wikitext103": "bytes_std
 QUICK = ["steps=2", "trainer.eval_every=1", "batch=4", "model.dim=16", "model.heads=2"]
 SMALL = {
     "tagging": ["data.val_size=8", "data.test_size=8"],
+    "regression": ["data.val_size=8", "data.test_size=8"],
+    "collapse": ["data.val_size=8", "data.test_size=8"],
     "language": ["data.max_bytes=40000", "data.val_windows=2", "data.test_windows=2"],
     "classification": [],
 }
