@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from contract_subject import draw, settle
 from tolerances import assert_close
+from torch.func import functional_call, grad, vmap
 
 import zoo
 from zoo.models.decoder_lm import DecoderLM
@@ -211,6 +212,65 @@ def test_signs_and_sizes(form):
     more = [torch.cat((x, torch.ones_like(x[..., :1])), -1) for x in (q, k)]
     scale = 8**-0.5
     assert float((form(*more, v, scale=scale) - form(q, k, v, scale=scale)).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("route", ["cog_strips", "engine", "dense"])
+def test_signs_and_sizes_in_the_host(many_strips, route, causal):
+    attn, plain = build(route=route, causal=causal), build("mha", causal=causal)
+    x, shared = draw(2, 13, 32), attn.project.qkv.weight.detach()
+    y = attn(x)
+    shared[:32].neg_()  # the rows of q, then those of k
+    assert torch.equal(attn(x), -y)
+    shared[:64].abs_()
+    plain.load_state_dict(attn.state_dict())
+    assert_close(attn(x.abs()), plain(x.abs()), "scores that are not negative")
+    assert float((attn(x) - plain(x)).detach().abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("route", ["cog_strips", "engine", "dense"])
+def test_cache_of_another_head_count(route):
+    cache, x = zoo.LayerCache(), draw(2, 5, 32)
+    build(causal=True, kv_heads=2)(x, cache=cache)
+    with pytest.raises(zoo.ZooError, match=r"'k' holds \(2, 2, 5, 8\).*\(2, 4, 5, 8\)"):
+        build(causal=True, route=route)(x, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("size", "others", "route"),
+    [
+        ((0, 5, 32), None, "cog_strips"),
+        ((2, 0, 32), None, "engine"),
+        ((2, 0, 32), (2, 3, 32), "cog_strips"),
+        ((2, 3, 32), (2, 0, 32), "engine"),
+    ],
+)
+def test_empty_input(size, others, route):
+    attn, x = build(causal=others is None), draw(*size)
+    context = None if others is None else draw(*others)
+    assert attn.explain(x, context).route == route
+    found = settle(attn, x, context=context)
+    assert found["output"].shape == size
+    assert not any(bool(value.any()) for value in found.values())
+
+
+def test_torch_func_gives_the_engines_gradients():
+    attn, x = build(causal=True), draw(3, 7, 32)
+    parameters = dict(attn.named_parameters())
+
+    def loss(parameters, x):
+        return functional_call(attn, parameters, (x,)).square().sum()
+
+    whole, each = grad(loss)(parameters, x), vmap(grad(loss), (None, 0))(parameters, x[:, None])
+    attn.route = "cog_strips"
+    with pytest.raises(zoo.ZooError, match=r"cog_strips.*torch\.func"):
+        vmap(grad(loss), (None, 0))(parameters, x[:, None])
+    attn.route = "engine"
+    for i, sample in enumerate([x, *x[:, None]]):
+        expected = torch.autograd.grad(loss(parameters, sample), [*parameters.values()])
+        for name, value in zip(parameters, expected, strict=True):
+            found = each[name][i - 1] if i else whole[name]
+            assert_close(found, value, f"{i} {name}", gradient=True)
 
 
 def test_weights_of_a_row():

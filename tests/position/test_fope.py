@@ -11,6 +11,9 @@ import pytest
 import torch
 from tolerances import assert_close
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils import parametrize
 
 import zoo
 from zoo.errors import ZooError
@@ -68,9 +71,15 @@ def gradients(attn, x):
     """Output and the gradients of x and of every parameter."""
     x = x.detach().clone().requires_grad_()
     attn.zero_grad()
+    y = backward(attn, x)
+    return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in attn.named_parameters()}}
+
+
+def backward(attn, x):
+    """Output of a pass whose gradients are left where they belong."""
     y = attn(x)
     y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
-    return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in attn.named_parameters()}}
+    return y
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -276,6 +285,51 @@ def test_learnable_coefficients_get_the_references_gradient():
             assert_close(a, b, gradient=True)
         with torch.no_grad():
             module.coef.add_(wanted[1])
+
+
+def test_coefficients_that_are_no_parameters_get_their_gradient():
+    """Plain tensors in their place, by functional_call or as a function of other parameters."""
+    attn = zoo.create("fope", 24, 3, max_len=64, learnable=True, dtype=torch.float64)
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    due = gradients(attn, x)["position.coef"]
+    coef = attn.position.coef.detach().clone()
+    functional_call(attn, {"position.coef": coef}, (x,))  # nobody trains them: tables may be kept
+    for _ in range(2):
+        coef.requires_grad_().grad = None
+        backward(lambda x: functional_call(attn, {"position.coef": coef}, (x,)), x)
+        assert_close(coef.grad, due, gradient=True)
+    parametrize.register_parametrization(attn.position, "coef", nn.Identity())
+    with torch.no_grad():
+        attn(x)
+    assert_close(gradients(attn, x)["position.parametrizations.coef.original"], due, gradient=True)
+
+
+def test_transforms_of_torch_func_meet_no_kept_tables():
+    module, steps = part(8, dtype=torch.float64), torch.arange(9)
+    x, first = torch.randn(1, 2, 9, 8, dtype=torch.float64), module.coef
+    other = part(8, dtype=torch.float64).coef
+
+    def turned(coef):
+        module.coef = coef
+        return turn(module, x, steps)
+
+    plain = torch.stack([turned(other), turned(first)])
+    assert module._memo is not None
+    assert_close(vmap(turned)(torch.stack([other, first])), plain)
+    slopes = grad(lambda coef: turned(coef).square().sum())(first)
+    known = first.clone().requires_grad_()
+    (due,) = torch.autograd.grad(expected(module, x, steps, known).square().sum(), known)
+    assert_close(slopes, due, gradient=True)
+    assert torch.equal(turned(first), plain[1])
+
+
+def test_tensors_without_values_meet_no_kept_tables():
+    attn, x = zoo.create("fope", 32, 2, max_len=64), torch.randn(2, 5, 32)
+    y = attn(x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for _ in range(2):
+            assert attn(torch.randn(2, 5, 32)).shape == (2, 5, 32)
+    assert torch.equal(attn(x), y)
 
 
 def test_tables_are_kept_only_while_nothing_changes(monkeypatch):

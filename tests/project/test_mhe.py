@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from tolerances import assert_close
 import zoo
 from zoo import routes
 from zoo.models.decoder_lm import DecoderLM
-from zoo.parts import Layout
+from zoo.parts import Layout, Select
 from zoo.project.mha import MHA
 from zoo.project.mhe import MHE, MODES, mhe_attention_reference
+from zoo.registry import unregister
 
 CONTRACT_OPTIONS = [{}]
 ADD = "mhe(mode=add)"
@@ -160,6 +162,61 @@ def test_equals_multi_head_attention_with_the_same_matrices(mode, parts, qk_norm
         cache = zoo.LayerCache()
         steps = [attn(x[:, i : i + 1], cache=cache) for i in range(11)]
     assert_close(torch.cat(steps, 1), expected, "decoded")
+
+
+class LongKeys(Select):
+    """Hides keys that are shorter than the longest key seen, as they come to the engine."""
+
+    def allow(self, strip):
+        size = strip.k.norm(dim=-1)
+        size = size.repeat_interleave(strip.q.shape[1] // size.shape[1], 1)
+        return (size > 0.5 * size.amax(-1, keepdim=True))[:, :, None]
+
+
+@pytest.fixture
+def long_keys():
+    """A selection by content for the length of a test."""
+    axes = replace(zoo.info("all").taxonomy, positions="sparse")
+    zoo.register("long_keys_t", kind="select", taxonomy=axes)(LongKeys)
+    yield
+    unregister("long_keys_t")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("parts", ["+moh(router=query_norm)", "+long_keys_t"])
+def test_other_parts_read_the_heads_own_queries_and_keys(mode, parts, long_keys):
+    """Norms of queries that a router reads, norms of keys that a selection reads."""
+    attn = build(f"mhe(mode={mode}){parts}", bias=True)
+    other, x = as_mha(attn, f"mha{parts}"), draw(2, 11, 12)
+    assert attn.project.keys == attn.project.values == "read"
+    assert_close(attn(x), other(x), "output")
+    with torch.no_grad():
+        attn.project.keys = "queries"
+    if mode == "mul" or "long" in parts:
+        assert float((attn(x) - other(x)).detach().abs().max()) > 1e-3, "nobody noticed"
+
+
+def test_factors_of_half_precision_are_rounded_once():
+    part = zoo.create("mhe", 64, 2, bias=True, dtype=torch.bfloat16).project
+    torch.nn.init.zeros_(part.shared.weight)
+    torch.nn.init.ones_(part.shared.bias)  # q is 1, so the queries are the factors
+    factors = (1 + part.e_q.double()) * (1 + part.e_k.double())
+    q = part.queries(torch.zeros(1, 1, 64, dtype=torch.bfloat16))
+    assert part.keys == "queries"
+    assert torch.equal(q[0, :, 0], factors.bfloat16())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_reference_takes_its_scale(mode):
+    """A scale of zero is not the default: all keys weigh alike."""
+    q, k, v = (draw(2, 5, 4, seed=i) for i in range(3))
+    vectors = [0.5 * draw(3, 4, seed=i) for i in range(3, 6)]
+    e, v_h = vectors[2][:, None], v[:, None]
+    due = v_h * (1 + e) if mode == "mul" else v_h + e
+    y = mhe_attention_reference(q, k, v, *vectors, mode=mode, scale=0.0)
+    assert_close(y, due.mean(2, keepdim=True).expand_as(y), "averages")
+    y = mhe_attention_reference(q, k, v, *vectors, mode=mode)
+    assert torch.equal(y, mhe_attention_reference(q, k, v, *vectors, mode=mode, scale=0.5))
 
 
 @pytest.mark.parametrize("parts", PLACES)

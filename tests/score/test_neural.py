@@ -8,10 +8,12 @@ import pytest
 import torch
 from contract_subject import draw, settle
 from tolerances import assert_close
+from torch.func import functional_call, grad, vmap
 
 import zoo
 from zoo import engine
 from zoo.bench.memory import peak
+from zoo.errors import CompatibilityError
 from zoo.models.decoder_lm import DecoderLM
 from zoo.score.neural import (
     Neural,
@@ -143,6 +145,101 @@ def test_strips_in_other_types(dtype):
         assert_close(value, expected, f"result {i}", gradient=i > 0)
 
 
+def functional_input():
+    """Arguments of `neural_attention_strips`: 7 rows behind 2 keys, 4 heads, 2 of them for keys."""
+    a, b, v = (draw(2, *size, seed=size[-1]) for size in ((4, 7, 6), (2, 9, 6), (2, 9, 3)))
+    return a, b, v, [(draw(3, 6), draw(3)), (draw(1, 3), torch.zeros(1))]
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1, 1), (1, 4, 7, 1), (4, 1, 9), (7, 9), (9,), ()], ids=str
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_strips_take_every_mask_that_broadcasts(many_strips, shape, causal):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    whole = mask.expand(2, 4, 7, 9).contiguous()
+    found, expected = (
+        neural_attention_strips(*functional_input(), mask=m, causal=causal, shift=2)
+        for m in (mask, whole)
+    )
+    assert torch.equal(found, expected)
+    a, b, _, layers = functional_input()
+    seen = whole.tril(2) if causal else whole
+    pairs = (a[:, :, :, None] + b.repeat_interleave(2, 1)[:, :, None]).relu()
+    s = (pairs @ layers[0][0].t() + layers[0][1]).relu() @ layers[1][0][0]
+    w = s.masked_fill(~seen, -1e9).softmax(-1) * seen.any(-1, keepdim=True)
+    assert_close(found, w @ functional_input()[2].repeat_interleave(2, 1), "output")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": torch.ones(7, 9)}, r"mask of dtype torch.float32 and shape \(7, 9\).*torch.bool"),
+        ({"mask": torch.ones(9, 7) > 0}, r"shape \(9, 7\); allowed.*\(2, 4, 7, 9\)"),
+        ({"mask": torch.ones(2, 2, 7, 9) > 0}, r"shape \(2, 2, 7, 9\); allowed"),
+        ({"mask": torch.ones(1, 1, 1, 1, 1) > 0}, r"shape \(1, 1, 1, 1, 1\); allowed"),
+        ({"v": draw(2, 2, 8, 3)}, "b has 9 keys, but v has 8 values"),
+    ],
+)
+def test_strips_refuse_what_does_not_fit(change, message):
+    inputs = dict(zip(("a", "b", "v", "layers"), functional_input(), strict=True))
+    with pytest.raises(zoo.ZooError, match=message):
+        neural_attention_strips(**{**inputs, **change}, causal=True, shift=2)
+
+
+@pytest.mark.parametrize(
+    ("size", "others"),
+    [
+        ((0, 5, 32), None),
+        ((2, 0, 32), None),
+        ((2, 0, 32), (2, 3, 32)),
+        ((2, 3, 32), (2, 0, 32)),
+    ],
+)
+@pytest.mark.parametrize("options", [{"proj_dim": 4}, {"hidden": (5,)}], ids=str)
+def test_empty_input(size, others, options):
+    attn, x = build(causal=others is None, **options), draw(*size)
+    context = None if others is None else draw(*others)
+    assert attn.explain(x, context).route == "neural_strips"
+    found = settle(attn, x, context=context)
+    assert found["output"].shape == size
+    assert not any(bool(value.any()) for value in found.values())
+
+
+def test_torch_func_gives_the_engines_gradients():
+    attn, x = build(causal=True, proj_dim=8), draw(3, 7, 32)
+    parameters = dict(attn.named_parameters())
+
+    def loss(parameters, x):
+        return functional_call(attn, parameters, (x,)).square().sum()
+
+    whole, each = grad(loss)(parameters, x), vmap(grad(loss), (None, 0))(parameters, x[:, None])
+    attn.route = "neural_strips"
+    with pytest.raises(zoo.ZooError, match=r"neural_strips.*torch\.func"):
+        grad(loss)(parameters, x)
+    attn.route = "engine"
+    for i, sample in enumerate([x, *x[:, None]]):
+        expected = torch.autograd.grad(loss(parameters, sample), [*parameters.values()])
+        for name, value in zip(parameters, expected, strict=True):
+            found = each[name][i - 1] if i else whole[name]
+            assert_close(found, value, f"{i} {name}", gradient=True)
+
+
+def test_scores_of_half_precision_are_summed_in_float32():
+    attn, scores = build(proj_dim=4, dtype=torch.bfloat16, route="engine"), []
+    attn.normalize.register_forward_hook(lambda m, a, out: scores.append(a[0]))
+    x, part = draw(2, 9, 32, dtype=torch.bfloat16), attn.score
+    attn(x)
+    q, k, _ = attn.project(x, None, None)
+    weight, bias = part.hidden[0].weight, part.hidden[0].bias
+    a = torch.nn.functional.linear(part.query_proj(q), weight[:, :4], bias).double()
+    b = torch.nn.functional.linear(part.key_proj(k), weight[:, 4:]).double()
+    pairs = (a[:, :, :, None] + b[:, :, None]).relu()
+    (w2, b2), (w3, b3) = ([x.double() for x in layer] for layer in part.layers()[1:])
+    expected = (pairs @ w2.t() + b2).relu() @ w3[0] + b3
+    assert_close(scores[0], expected, "scores", dtype=torch.float32)
+
+
 def test_strips_are_not_rounded_under_autocast():
     a, b, v = (draw(1, 2, 9, n, seed=n, dtype=torch.float32).requires_grad_() for n in (4, 4, 3))
     layers = [(draw(2, 4, dtype=torch.float32), draw(2, dtype=torch.float32))]
@@ -256,10 +353,10 @@ def test_scores_without_the_query_rank_keys_alike():
     assert float((last.amax(-1) - last.amin(-1)).detach().min()) > 1e-6, "nothing was compared"
 
 
-def test_no_scale():
-    plain, scaled = build(proj_dim=4), build(proj_dim=4, scale=0.01)
-    scaled.load_state_dict(plain.state_dict())
-    assert torch.equal(plain(draw(2, 9, 32)), scaled(draw(2, 9, 32)))
+@pytest.mark.parametrize("scale", [0.01, 0.0, 1])
+def test_a_scale_is_refused(scale):
+    with pytest.raises(CompatibilityError, match=rf"'neural'.*leave out scale={scale}$"):
+        build(proj_dim=4, head_dim=6, scale=scale)
 
 
 def test_first_layer_is_split_not_changed():
@@ -300,6 +397,13 @@ def test_default_start_survives_a_model():
 def test_uniform_rows_counts_dead_rows():
     weights = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5], [0, 0, 0]])
     assert uniform_rows(weights).item() == 0.5  # two rows see several keys, one is uniform
+    # Were all three keys visible, one weight was too small for its type: not a uniform row.
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    mask[3] = False
+    assert uniform_rows(weights, mask).item() == 0
+    assert uniform_rows(weights, mask.tril()).item() == 0.5
+    assert uniform_rows(weights[[0, 3]]).item() == 0  # no row sees two keys
+    assert uniform_rows(weights, mask[:, :1] & torch.eye(4, 3).bool()).item() == 0
     attn = build(causal=True, proj_dim=2)
     x = draw(2, 9, 32)
     torch.nn.init.constant_(attn.score.hidden[1].bias, -100.0)

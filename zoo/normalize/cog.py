@@ -15,7 +15,9 @@ The first and the last layer of a model keep plain attention, as in the paper. N
 
 Code and paper. The official code gives NaN to a row that sees nothing; here it gives zeros. The
 probing scripts of the repository use another form, with 1e-6 added below the line; we follow the
-model's. Rotary positions come before the scores and are interleaved there: "cog+rope(style=...)".
+model's. A score is exactly zero where its products cancel: the route below and the official code
+scale afterwards, while the engine scales q first, which can round such a zero to a tiny number with
+a sign unless the scale is a power of two. Rotary positions come before the scores and are interleaved there: "cog+rope(style=...)".
 
 The route "cog_strips" keeps q, k, v, o and one log-sum-exp per row, and forms scores by the tile in
 buffers that stay in the cache: 2 matrix products forward, 5 backward. Its roof on a CPU is these
@@ -244,7 +246,7 @@ class _Cog(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             tiles = _Tiles(_flatten(q), _flatten(k), scale, hidden, offset, q.shape[1], buffers=2)
             out, lse = _forward(tiles, _flatten(v))
-        return out.view(*q.shape[:3], -1).to(v.dtype), lse
+        return out.view(*q.shape[:3], v.shape[3]).to(v.dtype), lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -348,6 +350,8 @@ def _refuse_strips(host: Attention, call: Call) -> str | None:
     reason = _refuse_parts(host, call)
     if reason is None and torch.compiler.is_compiling():
         return "its own backward is not for compilers, which take the engine whole"
+    if reason is None and torch._C._are_functorch_transforms_active():
+        return "torch.func cannot look into its own backward"
     if reason is None and call.q.device.type != "cpu":
         return "its tiles are sized for the cache of a CPU"
     if reason is None and not call.k.shape[2]:

@@ -343,11 +343,13 @@ class FoPE(Position):
         dtype = torch.promote_types(x.dtype, torch.float32)
         size = 2 * self.coef.shape[1] * positions.numel() * self.width * dtype.itemsize
         # Kept tables are recognised by the values that they came from. Looking at those would stop
-        # a compiler or wait for another device, and coefficients in training are never the same.
+        # a compiler or wait for another device, and subclasses of tensors need not have any. Tables
+        # are kept without their graph, so coefficients in training get new ones.
         if (
             torch.compiler.is_compiling()
             or positions.device.type != "cpu"
-            or type(self.coef) is not Tensor
+            or self.coef.requires_grad
+            or any(type(x) is not Tensor for x in (self.coef, positions))
             or torch._C._are_functorch_transforms_active()
             or positions.shape[-1] < 2
             or size > MEMO_BYTES

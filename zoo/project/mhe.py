@@ -85,13 +85,14 @@ def mhe_attention_reference(
         seen = seen.tril()
     if mask is not None:
         seen = seen & mask
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     outputs = []
     for h in range(heads):
         if mode == "mul":
             q_h, k_h, v_h = q * (e_q[h] + 1), k * (e_k[h] + 1), v * (e_v[h] + 1)
         else:
             q_h, k_h, v_h = q + e_q[h], k + e_k[h], v + e_v[h]
-        scores = q_h @ k_h.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+        scores = q_h @ k_h.transpose(-1, -2) * scale
         scores = scores.masked_fill(~seen[:, h], torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1).masked_fill(~seen[:, h].any(-1, keepdim=True), 0.0)
         outputs.append(weights @ v_h)

@@ -7,9 +7,9 @@
 
 "A Novel Mechanism for Enhanced Expressive Power in Transformer Models". The text has one hidden
 layer, s = w . f(W [q ; k] + b), which is ``hidden=(width,)``; the code has the two above, and the
-default follows it. Scores take no 1 / sqrt(D): the code computes the factor and leaves it unused.
-Causality and masks add up; the code's causal form drops the caller's mask. Only the first layer of
-the published models is of this kind, the others are plain.
+default follows it. Scores take no 1 / sqrt(D), which the code computes and leaves unused, nor any
+other `scale`. Causality and masks add up; the code's causal form drops the caller's mask. Only the
+first layer of the published models is of this kind, the others are plain.
 
 b_3 shifts whole rows, so a softmax cancels it and its gradient is exactly zero. Here it is a
 buffer: it loads with official weights and is part of the scores that other normalizers see, but
@@ -79,16 +79,21 @@ def neural_scores_reference(
     return F.linear(x, *layers[-1]).squeeze(-1)
 
 
-def uniform_rows(weights: Tensor) -> Tensor:
+def uniform_rows(weights: Tensor, mask: Tensor | None = None) -> Tensor:
     """Share of rows, among those that see two keys or more, whose weights are all the same.
 
     Args:
         weights: (..., N, M), 0 where a pair may not meet.
+        mask: Boolean, True may attend, broadcastable to `weights`. By default the keys of weight
+            above 0, which misses those whose weight is too small for its type.
+
+    Returns:
+        A number from 0 to 1; 0 where no row sees two keys.
     """
-    seen = weights > 0
+    seen = weights > 0 if mask is None else mask.expand_as(weights)
     same = weights.amax(-1) == weights.masked_fill(~seen, torch.inf).amin(-1)
     several = seen.sum(-1) > 1
-    return (same & several).sum() / several.sum()
+    return (same & several).sum() / several.sum().clamp(min=1)
 
 
 class Tile(NamedTuple):
@@ -120,11 +125,11 @@ def tiles(a: Tensor, b: Tensor, causal: bool, shift: int, buffers: int) -> Itera
         buffers: Numbers held for each pair.
     """
     samples, heads, length = a.shape[1:]
-    keys = b.shape[3]
+    keys, width = b.shape[3], max(1, b.shape[3])
     # Pairs whose buffers take, together, as much as the scores of one of the engine's strips.
     budget = engine.STRIP_BYTES["cpu"] // (buffers * a.element_size())
-    height = min(length, max(engine.MIN_ROWS, budget // keys))
-    lot = max(1, budget // (height * keys))
+    height = max(1, min(length, max(engine.MIN_ROWS, budget // width)))
+    lot = max(1, budget // (height * width))
     many, few = max(1, lot // heads), min(lot, heads)
     for s in range(0, samples, many):
         batch = slice(s, min(s + many, samples))
@@ -152,11 +157,7 @@ def _hide(s: Tensor, tile: Tile, mask: Tensor | None, causal: bool, shift: int) 
         s[..., first:].masked_fill_(ahead, low)
     if mask is None:
         return None
-    cut = mask[tile.samples] if mask.shape[0] > 1 else mask
-    cut = cut[:, tile.heads] if mask.shape[1] > 1 else cut
-    cut = cut[:, :, tile.rows] if mask.shape[2] > 1 else cut
-    counts = [x.stop - x.start for x in (tile.samples, tile.heads)]
-    seen = cut[..., : tile.stop].expand(*counts, rows, -1).flatten(0, 1)
+    seen = mask[tile.samples, tile.heads, tile.rows, : tile.stop].flatten(0, 1)
     s.masked_fill_(~seen, low)
     if ahead is not None:
         seen = seen.clone()
@@ -312,7 +313,21 @@ def neural_attention_strips(
         mask: Boolean, True may attend, broadcastable to (B, H, N, M), or None.
         causal: Row i sees keys up to i + shift.
         shift: Keys before the first row.
+
+    Raises:
+        ZooError: A mask that is not boolean or does not broadcast, or b and v of other lengths.
     """
+    if b.shape[2] != v.shape[2]:
+        raise ZooError(f"b has {b.shape[2]} keys, but v has {v.shape[2]} values")
+    if mask is not None:
+        wanted = (*a.shape[:3], b.shape[2])
+        pairs = zip(mask.shape[::-1], wanted[::-1], strict=False)
+        if mask.dtype != torch.bool or mask.ndim > 4 or any(n not in (1, due) for n, due in pairs):
+            raise ZooError(
+                f"mask of dtype {mask.dtype} and shape {tuple(mask.shape)}; allowed: torch.bool "
+                f"that broadcasts to {wanted}"
+            )
+        mask = mask.expand(wanted)
     wide = torch.promote_types(v.dtype, torch.float32)
     a, b = (x.to(wide).permute(3, 0, 1, 2).contiguous() for x in (a, repeat_heads(b, a.shape[1])))
     values = repeat_heads(v, a.shape[2]).to(wide).contiguous()
@@ -335,6 +350,8 @@ def _refuse_strips(host: Attention, call: Call) -> str | None:
         return f"its strips are cut for the caches of a CPU, not for {call.q.device.type!r}"
     if torch.compiler.is_compiling():
         return "a compiler cannot look into its backward pass"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func cannot look into its backward pass"
     if call.bias is not None:
         return "it takes no bias on the scores"
     if call.dropout:
@@ -463,6 +480,12 @@ class Neural(Score):
             module.reset_parameters()
         bound = self.out.in_features**-0.5
         nn.init.uniform_(self.out_bias, -bound, bound)
+
+    def incompatible(self, host: Attention) -> str | None:
+        """A scale, which these scores do not have."""
+        if host.scale != host.layout.qk_dim**-0.5:
+            return f"'neural' scores pairs without a factor; leave out scale={host.scale!r}"
+        return None
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Weight and bias of every layer of the network, the first one first."""
