@@ -15,9 +15,10 @@ The first and the last layer of a model keep plain attention, as in the paper. N
 
 Code and paper. The official code gives NaN to a row that sees nothing; here it gives zeros. The
 probing scripts of the repository use another form, with 1e-6 added below the line; we follow the
-model's. A score is exactly zero where its products cancel: the route below and the official code
-scale afterwards, while the engine scales q first, which can round such a zero to a tiny number with
-a sign unless the scale is a power of two. Rotary positions come before the scores and are interleaved there: "cog+rope(style=...)".
+model's. Where products cancel, a score is exactly zero: the route below and the official code scale
+afterwards, while the engine scales q first, which can round such a zero to a tiny number with a
+sign unless the scale is a power of two. Rotary positions come before the scores and are interleaved
+there: "cog+rope(style=...)".
 
 The route "cog_strips" keeps q, k, v, o and one log-sum-exp per row, and forms scores by the tile in
 buffers that stay in the cache: 2 matrix products forward, 5 backward. Its roof on a CPU is these
