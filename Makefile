@@ -66,6 +66,7 @@ readme: install
 
 docs: readme
 	@$(BIN)/python -m zoo.compositions docs/compositions.md
+	@$(BIN)/python -m zoo.bench.pages docs/performance.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,117 @@
+"""Tables of measurements in a page, written from the JSON files that `zoo bench` leaves.
+
+``python -m zoo.bench.pages docs/performance.md`` renews every table between two markers::
+
+    <!-- begin bench performance/baselines.json -->
+    <!-- end bench -->
+
+The path is that of the file, as seen from the page.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import ZooError
+from zoo.runs.markdown import NONE, code, milliseconds, table
+
+_TABLE = re.compile(r"<!-- begin bench (\S+) -->.*?<!-- end bench -->", re.S)
+
+
+def tables(content: Mapping[str, Any]) -> str:
+    """Return the conditions of a measurement, and one table for each pass.
+
+    Args:
+        content: What `zoo.bench.report.as_json` returned.
+    """
+    setting, device, versions = (content[key] for key in ("setting", "device", "versions"))
+    layer = "from q, k and v to the heads" if setting.get("core") else "a layer with projections"
+    lines = [
+        f"{device['name']}, {setting['device']}, threads {setting['threads']}, PyTorch "
+        f"{versions['torch']}, {setting['dtype']}; B = {setting['batch']}, dim {setting['dim']}, "
+        f"{setting['heads']} heads, {'causal' if setting['causal'] else 'bidirectional'}; {layer}. "
+        f"Cells: {'processor' if setting['device'] == 'cpu' else 'elapsed'} time in ms, in "
+        f"brackets the speed against {code(setting['baseline'])} (median over at least "
+        f"{setting['rounds']} interleaved rounds, above 1 is faster). Growth: exponent of the time "
+        "over the last three lengths. MiB: peak of a call beyond its input.",
+    ]
+    for kind in dict.fromkeys(row["kind"] for row in content["rows"]):
+        lines += ["", f"**{kind}**", "", _one(content, kind).rstrip("\n")]
+    return "\n".join(lines)
+
+
+def _one(content: Mapping[str, Any], kind: str) -> str:
+    lengths = content["setting"]["lengths"]
+    rows = {(r["spec"], r["length"]): r for r in content["rows"] if r["kind"] == kind}
+    header = ["contender", "route", *(f"N = {n}" for n in lengths), "growth"]
+    header += [f"MiB at {n}" for n in lengths]
+    cells = []
+    for spec in content["setting"]["specs"]:
+        own = [rows[spec, n] for n in lengths]
+        growth = content["growth"][spec][kind]
+        measured = [row["route"] for row in own if row["error"] is None]
+        cells.append(
+            [
+                code(spec),
+                ", ".join(dict.fromkeys(measured)) or NONE,
+                *map(_time, own),
+                NONE if growth is None else f"{growth:.2f}",
+                *(_memory(row["memory"]) for row in own),
+            ]
+        )
+    return table(header, cells, left=2)
+
+
+def _time(row: Mapping[str, Any]) -> str:
+    if row["error"] is not None:
+        return "left out" if row["error"].startswith("left out") else "failed"
+    on_cpu = row["cpu"] is not None
+    found, speed = (row["cpu"], row["speed_cpu"]) if on_cpu else (row["wall"], row["speed_wall"])
+    return milliseconds(found) + (NONE if speed is None else f" ({speed:.2f})")
+
+
+def _memory(size: int | None) -> str:
+    return NONE if size is None else f"{size / 2**20:.0f}"
+
+
+def renew(text: str, folder: Path) -> str:
+    """Return a page with every table between its markers written anew.
+
+    Args:
+        text: The page.
+        folder: Folder of the page.
+
+    Raises:
+        ZooError: The page has no markers, or a file that it names cannot be read.
+    """
+
+    def written(found: re.Match[str]) -> str:
+        path = folder / found[1]
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            body = tables(content)
+        except OSError as error:
+            raise ZooError(f"{path}: {error.strerror or error}") from None
+        except (ValueError, LookupError, TypeError) as error:
+            raise ZooError(f"{path} is no measurement of 'zoo bench': {error!r}") from None
+        return f"<!-- begin bench {found[1]} -->\n\n{body}\n\n<!-- end bench -->"
+
+    result, count = _TABLE.subn(written, text)
+    if not count:
+        raise ZooError("the page has no table; mark one by '<!-- begin bench FILE.json -->'")
+    return result
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m zoo.bench.pages docs/performance.md")
+    try:
+        page = Path(sys.argv[1])
+        page.write_text(renew(page.read_text(encoding="utf-8"), page.parent), encoding="utf-8")
+    except (OSError, ZooError) as problem:
+        raise SystemExit(f"error: {problem}") from None
