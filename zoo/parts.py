@@ -186,7 +186,9 @@ def grouped_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """Repeat each head of (B, G, M, D) consecutively up to `heads`."""
+    """Repeat each head of (B, G, M, D) consecutively up to `heads`; a single one is not copied."""
+    if x.shape[1] == 1:
+        return x.expand(-1, heads, -1, -1)
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from zoo.errors import ZooError
 from zoo.models.decoder_lm import DecoderLM
@@ -44,6 +45,34 @@ def test_a_recipe_runs(name, tmp_path):
     assert (record.status, record.steps) == ("finished", 2)
     assert math.isfinite(record.metrics[config.metrics.report])
     assert record.track == config.track
+
+
+PLAIN = sorted(n for n in recipes() if n not in HUB and claim(n) is None)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_parts_of_three_sockets_run_in_every_recipe_or_say_why_not(name, tmp_path):
+    config = load(name)
+    causal = config.model.name == "decoder_lm"
+    where = {"records": tmp_path / "records", "runs": tmp_path / "runs", "quiet": True}
+    options = [*QUICK, *SMALL[config.task]]
+    if causal:
+        record = run(name, ["attention=cog+cope+moh", *options], **where)
+    else:
+        with pytest.raises(ZooError, match="causal=False is not possible with 'cope'"):
+            run(name, ["attention=cog+cope+moh", *options], **where)
+        record = run(name, ["attention=cog+fope+moh", *options], **where)
+    assert record.status == "finished"
+    assert math.isfinite(record.metrics[config.metrics.report])
+
+
+@pytest.mark.parametrize("name", sorted(n for n in recipes() if claim(n) is not None))
+def test_parts_of_three_sockets_fit_into_the_model_of_every_claim(name):
+    config = load(name, ["attention=cog+cope+moh", "model.heads=2"])
+    data = data_module(config)
+    model = build_task(config, data).model
+    tokens = torch.zeros(1, data.seq_len, dtype=torch.int64)
+    assert bool(model(tokens).isfinite().all())
 
 
 @pytest.mark.parametrize("name", sorted(HUB))
