@@ -359,3 +359,9 @@ def test_a_wide_head_and_an_odd_number_of_heads() -> None:
     with torch.no_grad():
         assert_close(host(x), _loop(host, x))
     assert sum(p.numel() for p in host.parameters()) == 4 * 16 * 21
+
+
+@pytest.mark.parametrize("name", zoo.list(kind="combine"))
+def test_combinations_pass_on_the_meta_device(name: str) -> None:
+    host = zoo.create(name, 16, 4, device="meta")
+    assert host(torch.zeros(2, 5, 16, device="meta")).shape == (2, 5, 16)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -190,6 +191,14 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     if x.shape[1] == 1:
         return x.expand(-1, heads, -1, -1)
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Keep autocast, where the device of `x` has one, from rounding to half precision."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def mask_scores(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from contract_subject import draw, settle
 from tolerances import assert_close
+from torch._dynamo.exc import Unsupported
 
 import zoo
 from zoo.errors import CompatibilityError, ZooError
@@ -119,8 +121,14 @@ def test_golden_core(golden):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("nodiv", [False, True])
 @pytest.mark.parametrize("own_keys", [False, True])
-@pytest.mark.parametrize(("groups", "npos"), [(1, 2), (2, 4), (4, 9), (2, 40)])
-def test_strips_equal_reference(groups, npos, own_keys, nodiv, padded, dtype, tiny):
+@pytest.mark.parametrize(
+    ("groups", "npos", "lot"),
+    [(1, 2, 50), (2, 4, 200), (4, 9, 1000), (2, 40, 50)],  # 50 cuts groups between their heads
+)
+def test_strips_equal_reference(
+    groups, npos, lot, own_keys, nodiv, padded, dtype, tiny, monkeypatch
+):
+    monkeypatch.setattr(module, "LOT", lot)
     given = {
         "q": draw(3, 4, 23, 6, dtype=dtype),
         "k": draw(3, groups, 26, 6, seed=1, dtype=dtype),
@@ -198,6 +206,100 @@ def test_strips_are_taken_and_say_why_not():
     assert "bias" in make().explain(x, bias=draw(9, 9)).refused["cope_strips"]
 
 
+@pytest.mark.parametrize("sizes", [(8, 1), (3, 2), (2, 4), (1, 8), (1, 32), (4, 8)])
+@pytest.mark.parametrize("length", [1, 100, 512, 2048, 4096])
+def test_lots_stay_small_however_many_heads_share_keys(sizes, length):
+    groups, repeats = sizes
+    q = torch.empty(groups, repeats, length, 0)
+    pieces, (lot, rows) = module._pieces(q, None, length)
+    assert lot * rows * length <= module.LOT * min(2, repeats)
+    if repeats == 1:
+        assert rows == min(module.ROWS, length)
+        assert lot == min(groups, module.LOT // (rows * length))
+    seen = torch.zeros(groups, repeats, length)
+    for piece in pieces:
+        seen[piece.cut] += 1
+        assert len(piece.queries(q)) <= lot
+        assert piece.queries(q).shape[1] <= rows
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("spec", ["cope", "mqa+cope(npos=4, sep_key=True)"])
+def test_nothing_in_nothing_out(spec, shape):
+    attn, x = make(spec, route="engine"), draw(*shape, 24)
+    for inputs in ({}, {"mask": torch.ones(1, 1, 1, shape[1], dtype=torch.bool)}):
+        attn.route = "engine"
+        expected = settle(attn, x, **inputs)
+        attn.route = "auto"
+        found = settle(attn, x, **inputs)
+        for name, value in expected.items():
+            assert_close(found[name], value, name)
+    y = cope_attention(x[:, None], draw(shape[0], 1, 7, 24), draw(shape[0], 1, 7, 3), draw(24, 4))
+    assert y.shape == (shape[0], 1, shape[1], 3)
+
+
+@pytest.mark.parametrize("spec", ["cope(npos=4)", "gqa(kv_heads=2)+cope(npos=4, sep_key=True)"])
+def test_torch_func(spec):
+    attn, x = make(spec), draw(3, 9, 24)
+    assert attn.explain(x).route == "cope_strips"
+    params = dict(attn.named_parameters())
+
+    def loss(params, x):
+        return torch.func.functional_call(attn, params, (x,)).square().sum()
+
+    whole = torch.func.grad(loss)(params, x)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x[:, None])
+    attn.route = "engine"
+    samples = [torch.autograd.grad(loss(params, y), list(params.values())) for y in x[:, None]]
+    for name, *grads in zip(params, *samples, strict=True):
+        assert_close(each[name], torch.stack(grads), f"each: {name}", gradient=True)
+        assert_close(whole[name], sum(grads), f"all: {name}", gradient=True)
+
+
+@pytest.mark.parametrize("broken", ["k", "gate_k"])
+def test_nan_stays_in_the_rows_that_see_it(broken, tiny):
+    given = {name: draw(2, 2, 23, 6, seed=s) for s, name in enumerate(("q", "k", "v", "gate_k"))}
+    if broken == "k":
+        del given["gate_k"]
+    # With so many positions no gate is beyond the last.
+    given["embedding"], mask = draw(6, 25, seed=4), torch.ones(23, 23, dtype=torch.bool).tril()
+    clean = cope_attention(**given)
+    given[broken][0, 1, 12, 3] = torch.nan
+    for y in (cope_attention(**given), cope_attention_reference(**given, mask=mask)):
+        assert y[0, 1, 12:].isnan().all()
+        y[0, 1, 12:] = clean[0, 1, 12:]
+        assert_close(y, clean)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("spec", ["cope(npos=4)", "cope(npos=4, sep_key=True, nodiv=True)"])
+def test_a_token_of_nan_breaks_no_other_sample(spec, route, many_strips):
+    attn, x = make(spec, route=route), draw(2, 12, 24)
+    expected = settle(attn, x)["output"]
+    x[0, 7, 5] = torch.nan
+    x.requires_grad_()
+    y, weights = attn(x, need_weights=True)
+    assert weights[0, :, :7].isfinite().all()
+    assert y[0, 7:].isnan().all()
+    assert_close(y[1], expected[1])
+    y[1].sum().backward()
+    assert x.grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("nodiv", [False, True])
+@pytest.mark.parametrize("sep_key", [False, True])
+def test_any_scale(sep_key, nodiv, scale):
+    attn = make(f"cope(npos=4, nodiv={nodiv}, sep_key={sep_key})", scale=scale)
+    x = draw(2, 9, 24)
+    assert attn.explain(x).route == "cope_strips"
+    found = settle(attn, x)
+    attn.route = "reference"
+    for name, value in settle(attn, x).items():
+        assert_close(found[name], value, name, gradient=name != "output")
+
+
 def test_older_keys_need_no_position_of_their_own(monkeypatch):
     """A row's keys count one half each, so npos - 1 = 3 is reached by the sixth."""
     widths = []
@@ -263,6 +365,32 @@ def test_two_tokens_by_hand(route):
 
 
 @pytest.mark.parametrize("route", ROUTES)
+def test_slopes_at_whole_positions(route):
+    """Gate keys of zero make gates of 1/2: six keys stand at 3, 5/2, 2, 3/2, 1, 1/2, of 0 to 3."""
+    attn = zoo.create(
+        "cope(npos=4, sep_key=True)", 1, 1, causal=True, dtype=torch.float64, route=route
+    )
+    e = torch.tensor([1.0, 3.0, -2.0, 5.0], dtype=torch.float64)
+    with torch.no_grad():
+        attn.project.qkv.weight.fill_(1.0)
+        attn.combine.proj.weight.fill_(1.0)
+        attn.position.gate_key.weight.zero_()
+        attn.position.embedding[:] = e
+    x = draw(1, 6, 1)
+    attn(x)[0, -1].backward()
+    places, tokens, query = torch.arange(6, 0, -1) / 2, x[0, :, 0], x[0, -1, 0]
+    below = places.long()
+    step = F.pad(e.diff(), (0, 1))[below]  # to the right; there is nothing beyond the last
+    weights = (query * (tokens + e[below] + (places - below) * step)).softmax(0)
+    if route != "auto":
+        step = step.masked_fill(places == below, 0.0)
+    per_place = weights * (tokens - weights @ tokens) * query * step
+    # A gate moves its own key and all older ones; its slope is 1/4, of a logit query * token * 0.
+    expected = (per_place.cumsum(0) * query * tokens / 4).sum()
+    assert_close(attn.position.gate_key.weight.grad, expected.view(1, 1), gradient=True)
+
+
+@pytest.mark.parametrize("route", ROUTES)
 def test_zero_embeddings_are_no_positions(route):
     attn = zoo.create("cope", 24, 4, causal=True, max_len=20, dtype=torch.float64, route=route)
     assert not attn.position.embedding.any()
@@ -322,8 +450,35 @@ def test_half_precision_strips_compute_in_float32(tiny):
     y = cope_attention(q, k, v, e)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, exact.bfloat16())
+
+    def gradients(autocast):
+        given = [x.float().requires_grad_() for x in (q, k, v, e)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = cope_attention(*given)
+            assert torch.equal(y, exact)
+            y.square().sum().backward()  # inside, where autocast holds for the backward pass too
+        return [x.grad for x in given]
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("attention", ["cope(npos=8)", "cope(npos=8, with_rel=True)"])
+def test_a_whole_step_under_autocast(attention):
+    model = DecoderLM(11, dim=32, depth=2, heads=2, attention=attention, max_len=16)
+    tokens = torch.arange(18).view(2, 9) % 11
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(cope_attention(q.float(), k.float(), v.float(), e.float()), exact)
+        model(tokens).float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("attention", ["cope", "cope(npos=4, with_rel=True)"])
+def test_meta_device(attention):
+    options = {"dim": 32, "depth": 3, "heads": 2, "max_len": 16, "device": "meta"}
+    model = DecoderLM(11, attention=attention, **options)
+    logits = model(torch.zeros(1, 5, dtype=torch.long, device="meta"))
+    assert logits.is_meta
+    assert logits.shape == (1, 5, 11)
 
 
 @pytest.mark.parametrize("spec", ["cope(npos=4, sep_key=True)", "cope(npos=4, val_gates=True)"])
@@ -385,14 +540,64 @@ def test_gates_do_not_come_from_other_scores():
 
 
 def test_shared_embeddings_are_one_parameter():
-    def embeddings(spec):
-        model = DecoderLM(11, dim=8, heads=2, depth=3, max_len=6, attention=spec)
+    def embeddings(spec, **layers):
+        model = DecoderLM(11, dim=8, heads=2, depth=3, max_len=6, attention=spec, layers=layers)
         return [m.embedding for m in model.modules() if isinstance(m, module.CoPE)]
 
     first, *others = embeddings("cope(npos=3, shared=True)")
     assert len(others) == 2
     assert all(other is first for other in others)
     assert len(set(embeddings("cope(npos=3)"))) == 3
+    first, other, alone = embeddings("cope(npos=3, shared=True)", last="cope(npos=8)")
+    assert other is first
+    assert alone.shape == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "message"),
+    [
+        ("cope(npos=4, shared=True)", "cope(npos=8, shared=True)", "npos=8.*npos=4"),
+        ("cope(npos=4)", "cope(npos=4, shared=True)", "shared=True.*shared=False"),
+        (
+            "cope(npos=4, shared=True)",
+            "differential+cope(npos=4, shared=True)",
+            "width 2.*width 4",
+        ),
+    ],
+)
+def test_only_layers_of_the_same_settings_share(first, other, message):
+    with pytest.raises(CompatibilityError, match=message):
+        DecoderLM(11, dim=8, heads=2, depth=3, attention=other, layers={"first": first})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": draw(2, 4, 8, 6)}, "8 queries.*7 keys.*at most"),
+        ({"q": draw(2, 3, 5, 6)}, "k has 2 heads.*divisor of the 3"),
+        ({"q": draw(4, 5, 6)}, r"q of shape \(4, 5, 6\)"),
+        ({"k": draw(2, 2, 7, 5)}, r"k of shape \(2, 2, 7, 5\); allowed: \(2, 2, 7, 6\)"),
+        ({"v": draw(2, 2, 6, 3)}, r"v of shape \(2, 2, 6, 3\); allowed: \(2, 2, 7, 3\)"),
+        ({"v": draw(2, 1, 7, 3)}, r"v of shape .*allowed: \(2, 2, 7, 3\)"),
+        ({"gate_k": draw(2, 4, 7, 6)}, r"gate_k of shape .*allowed: \(2, 2, 7, 6\)"),
+        ({"embedding": draw(5, 4)}, r"embedding of shape \(5, 4\); allowed: \(6, 4\)"),
+        ({"embedding": draw(6, 0)}, r"embedding of shape \(6, 0\); allowed: \(6, 1\)"),
+        ({"keys": torch.ones(2, 7)}, r"keys of dtype torch.float32.*torch.bool"),
+        ({"keys": torch.ones(2, 5, dtype=torch.bool)}, r"keys .*\(2, 5\); allowed.*\(2, 7\)"),
+    ],
+)
+def test_shapes_that_do_not_fit(change, message):
+    given = {"q": draw(2, 4, 5, 6), "k": draw(2, 2, 7, 6), "v": draw(2, 2, 7, 3)}
+    given["embedding"] = draw(6, 4)
+    with pytest.raises(ZooError, match=message):
+        cope_attention(**given | change)
+
+
+def test_one_row_of_keys_is_for_all_samples():
+    q, k, v = (draw(2, 4, 7, 6, seed=s) for s in range(3))
+    keys = torch.tensor([[True, False, True, True, False, True, True]])
+    expected = cope_attention(q, k, v, draw(6, 4), keys=keys.expand(2, -1))
+    assert_close(cope_attention(q, k, v, draw(6, 4), keys=keys), expected)
 
 
 def test_bad_input():
@@ -420,3 +625,29 @@ def test_distances_beyond_the_table_are_refused(route):
         attn(draw(1, 7, 24))
     near = make("sliding_window(window=6)+cope(npos=4, with_rel=True)", max_len=6)
     near(draw(1, 9, 24))
+
+
+@pytest.mark.parametrize("known", ["compiled", "meta"])
+def test_distances_are_refused_where_masks_have_no_values(known):
+    """There lengths decide, and the window that a selection keeps."""
+    device, error = ("meta", ZooError) if known == "meta" else ("cpu", Unsupported)
+
+    def attend(spec):
+        attn = make(spec, max_len=6, device=device)
+        if known == "compiled":
+            attn = torch.compile(attn, fullgraph=True, dynamic=True, backend="eager")
+        return lambda length: attn(draw(1, length, 24).to(device))
+
+    attn = attend("cope(npos=4, with_rel=True)")
+    attn(6)
+    with pytest.raises(error, match=r"max_len=6 .* distance of 6"):
+        attn(7)
+    attend("sliding_window(window=6)+cope(npos=4, with_rel=True)")(9)
+
+
+def test_masks_may_hide_far_keys():
+    attn, x = make("cope(npos=4, with_rel=True)", max_len=6), draw(1, 9, 24)
+    mask = torch.ones(9, 9, dtype=torch.bool).triu(-5)
+    near = make("sliding_window(window=6)+cope(npos=4, with_rel=True)", max_len=6)
+    near.load_state_dict(attn.state_dict())
+    assert_close(attn(x, mask=mask), near(x))

@@ -22,7 +22,6 @@ numerator, each for all later queries, since single weights are never formed.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.parts import Attend, Call
+from zoo.parts import Attend, Call, full_precision
 from zoo.registry import Paper, Taxonomy, Traits, register
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ class Linear(Attend):
         # A context is whole in every call, so there is nothing to remember of it.
         cache = None if call.cross else call.cache
         state = None if cache is None else cache.get_state("linear")
-        with _full_precision(a):
+        with full_precision(a):
             if call.causal:
                 y, state = chunked_sums(a, b, w, state)
             else:
@@ -155,7 +154,7 @@ class Linear(Attend):
         if call.cache is not None and not call.cross and call.q_start:
             raise ZooError("'linear' keeps the sum of past keys only; no weights with a cache")
         a, b = self._features(call)
-        with _full_precision(a):
+        with full_precision(a):
             products = (a @ b.transpose(-1, -2)[:, :, None]).flatten(1, 2)
         if call.causal:
             products = products.tril()
@@ -169,11 +168,3 @@ class Linear(Attend):
         if call.key_mask is not None:
             b = b.masked_fill(~call.key_mask[..., None], 0.0)
         return a, b
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager:
-    """Keep autocast from rounding the sums to half precision."""
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)

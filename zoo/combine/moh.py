@@ -49,7 +49,7 @@ from torch.autograd.function import once_differentiable
 
 from zoo.combine.concat import Concat
 from zoo.errors import ZooError, unknown
-from zoo.parts import Call, Layout, Project, repeat_heads
+from zoo.parts import Call, Layout, Project, full_precision, repeat_heads
 from zoo.registry import Paper, Taxonomy, register
 from zoo.routes import Route, refuse_masks
 
@@ -409,7 +409,7 @@ class MoH(Concat):
             real (B, N): tokens that are no padding, or None for all.
         """
         # Outside autocast: a router in half precision breaks ties by rounding.
-        with torch.autocast(call.x.device.type, enabled=False):
+        with full_precision(call.x):
             gates, active, p = self._route(call)
         real = _real_tokens(call)
         if self.training and self.aux_weight and p is not None:

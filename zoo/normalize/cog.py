@@ -36,7 +36,7 @@ from torch import Tensor
 
 from zoo import engine
 from zoo.errors import ZooError
-from zoo.parts import Call, Normalize, mask_scores, repeat_heads
+from zoo.parts import Call, Normalize, full_precision, mask_scores, repeat_heads
 from zoo.registry import Paper, Taxonomy, register
 from zoo.routes import Route
 
@@ -244,7 +244,7 @@ class _Cog(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         """Outputs (B, H, N, E) and the logarithms of the rows' sums."""
-        with torch.autocast(q.device.type, enabled=False):
+        with full_precision(q):
             tiles = _Tiles(_flatten(q), _flatten(k), scale, hidden, offset, q.shape[1], buffers=2)
             out, lse = _forward(tiles, _flatten(v))
         return out.view(*q.shape[:3], v.shape[3]).to(v.dtype), lse
@@ -272,7 +272,7 @@ class _Cog(torch.autograd.Function):
             )
             each = iter(torch.autograd.grad(y.to(v.dtype), wanted, grads[0], create_graph=True))
             return tuple(next(each) if needed else None for needed in ctx.needs_input_grad)
-        with torch.autocast(q.device.type, enabled=False):
+        with full_precision(q):
             tiles = _Tiles(
                 _flatten(q), _flatten(k), ctx.scale, hidden, ctx.offset, q.shape[1], buffers=3
             )

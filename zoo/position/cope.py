@@ -27,14 +27,25 @@ are the seven products of attention forward and backward, N M D each.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from zoo.errors import ZooError
-from zoo.parts import Call, Layout, Normalize, Part, Position, Strip, grouped_matmul, repeat_heads
+from zoo.errors import CompatibilityError, ZooError
+from zoo.parts import (
+    Call,
+    Layout,
+    Normalize,
+    Part,
+    Position,
+    Strip,
+    full_precision,
+    grouped_matmul,
+    repeat_heads,
+)
 from zoo.registry import Paper, Taxonomy, Traits, register
 from zoo.routes import Route
 
@@ -42,7 +53,7 @@ if TYPE_CHECKING:
     from zoo.attention import Attention
 
 # Queries of a strip, keys by which its newest part grows, and scores worked on at once (they and
-# what belongs to them should stay in a core's cache).
+# what belongs to them should stay in a core's cache) unless one strip of one head has more.
 ROWS, KEYS, LOT = 64, 64, 2**18
 
 
@@ -61,7 +72,9 @@ def position_logits(
     if mask is not None:
         gates = gates.masked_fill(~mask, 0.0)
     places = gates.flip(-1).cumsum(-1).flip(-1).clamp(max=embedding.shape[1] - 1)
-    below, above = places.floor(), places.ceil()
+    # A place that is NaN makes its logit NaN, by way of the fraction, but is no index.
+    index = places.detach().nan_to_num()
+    above, below = index.ceil(), index.floor_()
     whole = q @ embedding
     fraction = places - below
     upper = whole.gather(-1, above.long())
@@ -130,18 +143,23 @@ class _Work:
 class _Piece:
     """A strip of queries of some groups of heads against its keys, newest first.
 
-    Rows are those of all `repeats` heads of a group, R each. Key c of the strip is hidden from row
-    r where c + r < R - 1.
+    Rows are those of some heads of each group, R a head. Key c of the strip is hidden from row r
+    of a head where c + r < R - 1.
     """
 
-    def __init__(self, groups: slice, rows: slice, total: int, hidden: Tensor | None) -> None:
-        self.groups, self.rows = groups, rows
-        self.keys = slice(total - rows.stop, None)
-        self.hidden = None if hidden is None else hidden[groups, None, self.keys]
+    def __init__(self, cut: tuple[slice, slice, slice], total: int, hidden: Tensor | None) -> None:
+        self.cut = cut
+        self.groups, _, self.rows = cut
+        self.keys = slice(total - self.rows.stop, None)
+        self.hidden = None if hidden is None else hidden[self.groups, None, self.keys]
 
     def queries(self, x: Tensor) -> Tensor:
         """Cut (groups, repeats, N, D) to (X, rows, D)."""
-        return x[self.groups, :, self.rows].flatten(1, 2)
+        return x[self.cut].flatten(1, 2)
+
+    def put(self, into: Tensor, x: Tensor) -> None:
+        """Undo `queries`."""
+        into[self.cut] = x.unflatten(1, (-1, self.rows.stop - self.rows.start))
 
     def score(self, q: Tensor, k: Tensor, out: Tensor) -> Tensor:
         """Dot products (X, rows, W) without those that may not be seen."""
@@ -181,6 +199,8 @@ class _Piece:
             x[:lot, :rows, :near] for x in (work.places, work.index, work.pairs)
         )
         index.copy_(places.clamp_(max=table.shape[2] - 1))
+        if bool(places[..., -1].isnan().any()):  # as it is wherever a row has a NaN
+            index.clamp_(min=0)
         # One look-up finds the value at the whole number below and the slope from there.
         torch.gather(table, -1, index, out=pairs)
         value, slope = torch.view_as_real(pairs).unbind(-1)
@@ -197,14 +217,17 @@ def _table(z: Tensor) -> Tensor:
 def _pieces(q: Tensor, hidden: Tensor | None, keys: int) -> tuple[list[_Piece], tuple[int, int]]:
     """Strips of q (groups, repeats, N, D), and the most groups and rows that one has."""
     groups, repeats, length = q.shape[:3]
-    rows = min(ROWS, length)
-    lot = min(groups, max(1, LOT // (repeats * rows * keys)))
-    found = [
-        _Piece(slice(g, min(g + lot, groups)), slice(i, min(i + rows, length)), length, hidden)
-        for g in range(0, groups, lot)
-        for i in range(0, length, rows)
-    ]
-    return found, (lot, repeats * rows)
+    # Heads that share keys are rows of one product, which pays for twice the room.
+    room = min(repeats, 2) * LOT // max(1, keys)
+    rows = max(1, min(ROWS, length, max(ROWS // min(repeats, 4), room // repeats)))
+    heads = max(1, min(repeats, room // rows))
+    lot = max(1, min(groups, LOT // max(1, heads * rows * keys)))
+    cuts = product(_cut(groups, lot), _cut(repeats, heads), _cut(length, rows))
+    return [_Piece(cut, length, hidden) for cut in cuts], (lot, heads * rows)
+
+
+def _cut(size: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
 
 class _Strips(torch.autograd.Function):
@@ -239,9 +262,8 @@ class _Strips(torch.autograd.Function):
             y = torch.bmm(weights, v[piece.groups, piece.keys])
             if hidden is not None:
                 total.masked_fill_(total == 0, 1.0)
-            shape = (-1, piece.rows.stop - piece.rows.start)
-            out[piece.groups, :, piece.rows] = (y / total).unflatten(1, shape)
-            lse[piece.groups, :, piece.rows] = (top + total.log()).unflatten(1, shape)
+            piece.put(out, y / total)
+            piece.put(lse, top + total.log())
         ctx.save_for_backward(q, k, v, gate_k, embedding, hidden, out, lse)
         return out
 
@@ -249,35 +271,36 @@ class _Strips(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, gate_k, embedding, hidden, out, lse = ctx.saved_tensors
-        dq = torch.empty_like(q)
-        dk, dv, de = torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(embedding)
-        dg = None if gate_k is None else torch.zeros_like(gate_k)
-        delta = (grad_out * out).sum(-1, keepdim=True)
-        pieces, (lot, rows) = _pieces(q, hidden, k.shape[1])
-        work = _Work(lot, rows, k.shape[1], q, backward=True)
-        for piece in pieces:
-            groups, keys = piece.groups, piece.keys
-            q_, dy = piece.queries(q), piece.queries(grad_out)
-            scores, last, near, table = _scores(piece, q_, k, gate_k, embedding, work)
-            weights = _exp(scores, near, piece.queries(lse), last)
-            _add(dv[groups, keys], weights, dy)
-            ds = work.grad[: scores.shape[0], : scores.shape[1], : scores.shape[2]]
-            torch.bmm(dy, v[groups, keys].transpose(1, 2), out=ds)
-            ds.sub_(piece.queries(delta)).mul_(weights)
-            gate_grad, dz = _position_backward(ds, scores, near, table, work)
-            dq_ = torch.bmm(dz, embedding.t().expand(len(dz), -1, -1))
-            de.addmm_(q_.flatten(0, 1).t(), dz.flatten(0, 1))
-            if gate_k is None:
-                ds[..., :near] += gate_grad
-            else:
-                assert dg is not None
-                found = gate_k[groups, keys][:, :near]
-                torch.baddbmm(dq_, gate_grad, found, out=dq_)
-                _add(dg[groups, keys][:, :near], gate_grad, q_)
-            torch.baddbmm(dq_, ds, k[groups, keys], out=dq_)
-            _add(dk[groups, keys], ds, q_)
-            dq[groups, :, piece.rows] = dq_.unflatten(1, (q.shape[1], -1))
-        return dq, dk, dv, dg, de, None
+        with full_precision(q):  # autocast is as the caller of this pass has it
+            dq = torch.empty_like(q)
+            dk, dv, de = torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(embedding)
+            dg = None if gate_k is None else torch.zeros_like(gate_k)
+            delta = (grad_out * out).sum(-1, keepdim=True)
+            pieces, (lot, rows) = _pieces(q, hidden, k.shape[1])
+            work = _Work(lot, rows, k.shape[1], q, backward=True)
+            for piece in pieces:
+                groups, keys = piece.groups, piece.keys
+                q_, dy = piece.queries(q), piece.queries(grad_out)
+                scores, last, near, table = _scores(piece, q_, k, gate_k, embedding, work)
+                weights = _exp(scores, near, piece.queries(lse), last)
+                _add(dv[groups, keys], weights, dy)
+                ds = work.grad[: scores.shape[0], : scores.shape[1], : scores.shape[2]]
+                torch.bmm(dy, v[groups, keys].transpose(1, 2), out=ds)
+                ds.sub_(piece.queries(delta)).mul_(weights)
+                gate_grad, dz = _position_backward(ds, scores, near, table, work)
+                dq_ = torch.bmm(dz, embedding.t().expand(len(dz), -1, -1))
+                de.addmm_(q_.flatten(0, 1).t(), dz.flatten(0, 1))
+                if gate_k is None:
+                    ds[..., :near] += gate_grad
+                else:
+                    assert dg is not None
+                    found = gate_k[groups, keys][:, :near]
+                    torch.baddbmm(dq_, gate_grad, found, out=dq_)
+                    _add(dg[groups, keys][:, :near], gate_grad, q_)
+                torch.baddbmm(dq_, ds, k[groups, keys], out=dq_)
+                _add(dk[groups, keys], ds, q_)
+                piece.put(dq, dq_)
+            return dq, dk, dv, dg, de, None
 
 
 def _scores(
@@ -359,32 +382,76 @@ def cope_attention(
     Args:
         q: (B, H, N, D), the latest N of the M tokens.
         k: (B, G, M, D), G dividing H.
-        v: (B, G, M, D).
+        v: (B, G, M, E).
         embedding: E, (D, npos).
         gate_k: What the gates compare with, (B, G, M, D); default k.
-        keys: Keys that may be seen, (B, M) boolean, or None for all.
+        keys: Keys that may be seen, (B, M) or (1, M) boolean, or None for all.
         nodiv: Leave the position term undivided.
         scale: Default 1 / sqrt(D).
+
+    Returns:
+        (B, H, N, E).
+
+    Raises:
+        ZooError: Shapes that do not fit, or keys that are not boolean.
     """
+    _check_shapes(q, k, v, embedding, gate_k, keys)
     samples, heads, length, width = q.shape
     groups, dtype = k.shape[1], torch.promote_types(q.dtype, torch.float32)
     scale = width**-0.5 if scale is None else scale
 
-    def newest_first(x: Tensor) -> Tensor:
-        return x.to(dtype).flip(2).flatten(0, 1)
+    def newest_first(x: Tensor, factor: float = 1.0) -> Tensor:
+        x = x.to(dtype).flip(2).flatten(0, 1)
+        return x if factor == 1 else x * factor
 
-    hidden = None if keys is None else ~keys.flip(1).repeat_interleave(groups, 0)
-    with torch.autocast(q.device.type, enabled=False):
-        e = embedding.to(dtype)
+    # The factor on q acts on the position term too, so with `nodiv` keys have it instead.
+    on_q, on_k = (1.0, scale) if nodiv else (scale, 1.0)
+    hidden = None
+    if keys is not None:
+        hidden = ~keys.flip(1).expand(samples, -1).repeat_interleave(groups, 0)
+    with full_precision(q):
         y = _Strips.apply(
-            (q.to(dtype) * scale).reshape(samples * groups, heads // groups, length, width),
-            newest_first(k),
+            (q.to(dtype) * on_q).reshape(samples * groups, heads // groups, length, width),
+            newest_first(k, on_k),
             newest_first(v),
-            None if gate_k is None else newest_first(gate_k),
-            e / scale if nodiv else e,
+            None if gate_k is None else newest_first(gate_k, on_k),
+            embedding.to(dtype),
             hidden,
         )
     return y.view(samples, heads, length, v.shape[3]).to(v.dtype)
+
+
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, embedding: Tensor, gate_k: Tensor | None, keys: Tensor | None
+) -> None:
+    for name, x in (("q", q), ("k", k)):
+        if x.ndim != 4:
+            raise ZooError(f"{name} of shape {tuple(x.shape)}; allowed: (batch, heads, tokens, D)")
+    samples, heads, length, width = q.shape
+    groups, total = k.shape[1:3]
+    if not groups or heads % groups:
+        raise ZooError(f"k has {groups} heads; allowed: a divisor of the {heads} heads of q")
+    if length > total:
+        raise ZooError(
+            f"q has {length} queries, but k has {total} keys; allowed: at most as many queries as "
+            "keys, of which they are the latest"
+        )
+    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "k": (k, (samples, groups, total, width)),
+        "v": (v, (samples, groups, total, v.shape[-1])),
+        "gate_k": (gate_k, tuple(k.shape)),
+        "embedding": (embedding, (width, max(1, embedding.shape[-1]))),
+    }
+    for name, (given, shape) in wanted.items():
+        if given is not None and tuple(given.shape) != shape:
+            raise ZooError(f"{name} of shape {tuple(given.shape)}; allowed: {shape}")
+    if keys is not None:
+        fits = tuple(keys.shape) in ((samples, total), (1, total))
+        if keys.dtype != torch.bool or not fits:
+            raise ZooError(
+                f"keys of dtype {keys.dtype} and shape {tuple(keys.shape)}; allowed: torch.bool "
+                f"of shape ({samples}, {total}) or (1, {total})"
+            )
 
 
 def _other_parts(host: Attention, call: Call) -> str | None:
@@ -405,10 +472,12 @@ def _refuse_strips(host: Attention, call: Call) -> str | None:
         return reason
     if part.val_gates or part.relative is not None:
         return f"it has no {'val_gates' if part.val_gates else 'with_rel'}"
-    if call.mask is not None and (call.mask.shape[1] > 1 or call.mask.shape[2] > 1):
+    if call.mask is not None and call.mask.shape[1:3] != (1, 1):
         return "its mask can hide keys only, for all heads and queries alike"
     if torch.compiler.is_compiling():
         return "a compiler cannot see through its backward pass"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func cannot see through its backward pass"
     if call.q.device.type != "cpu":
         return f"it is written for a CPU, not {call.q.device.type!r}"
     return None
@@ -430,7 +499,7 @@ def _run_strips(host: Attention, call: Call) -> Tensor:
         shared[1],
         part.embedding,
         gate_k=None if gate_k is None else shared[2],
-        keys=None if mask is None else mask[:, 0, 0].expand(len(call.q), -1),
+        keys=None if mask is None else mask[:, 0, 0],
         nodiv=part.nodiv,
         scale=call.scale,
     )
@@ -500,8 +569,11 @@ class CoPE(Position):
         sep_key: Gates compare queries with keys of their own projection.
         val_gates: Gates compare queries with values.
         nodiv: Do not divide the position term by sqrt(D).
-        with_rel: Add a learned relative position; needs `max_len`.
-        shared: The layers of a model share the position embeddings.
+        with_rel: Add a learned relative position; needs `max_len`, which is more than the distance
+            of any pair that may meet. Compilers, and the meta device, know of no masks: there only
+            lengths and windows count.
+        shared: Take the position embeddings of the model's first layer, which has to ask for it
+            too, with as many positions and heads of the same width.
         device: Where parameters are made.
         dtype: Their type.
 
@@ -592,9 +664,19 @@ class CoPE(Position):
 
     def tie(self, first: Part) -> None:
         """Share the position embeddings of the first layer, where `shared` asks for it."""
-        if self.shared:
-            assert isinstance(first, CoPE)
-            self.embedding = first.embedding
+        if not self.shared:
+            return
+        assert isinstance(first, CoPE)
+        own, other = (
+            f"npos={part.npos}, heads of width {len(part.embedding)}, shared={part.shared}"
+            for part in (self, first)
+        )
+        if own != other:
+            raise CompatibilityError(
+                f"'cope' in a layer with {own} cannot share the embeddings of the first layer "
+                f"with {other}; allowed: the same settings in both"
+            )
+        self.embedding = first.embedding
 
     def prepare(self, call: Call) -> Mapping[str, Any]:
         """The gates' own keys, (B, k_heads, M, D), those of earlier tokens included."""
@@ -618,7 +700,7 @@ class CoPE(Position):
         assert gate_logits is not None
         # Half precision cannot count beyond 256.
         wide = torch.promote_types(gate_logits.dtype, torch.float32)
-        with torch.autocast(strip.q.device.type, enabled=False):
+        with full_precision(strip.q):
             q = strip.q.to(wide)
             q = q if self.nodiv else q * strip.scale
             term = position_logits(q, gate_logits.to(wide), self.embedding.to(wide), strip.mask)
@@ -631,13 +713,19 @@ class CoPE(Position):
         assert self.relative is not None
         assert self.max_len is not None
         distance = strip.q_index[:, None] - strip.k_index
-        if not (torch.compiler.is_compiling() or distance.is_meta):
-            far = distance >= self.max_len
-            if bool((far if strip.mask is None else far & strip.mask).any()):
-                raise ZooError(
-                    f"max_len={self.max_len} of 'cope' with with_rel is too short for a distance "
-                    f"of {int(distance.max())}; allowed: less than max_len"
-                )
+        call, rows, keys = strip.call, strip.rows, strip.keys
+        farthest = call.q_start + rows.stop - 1 - call.k_start - keys.start
+        far = farthest >= self.max_len
+        if far and (torch.compiler.is_compiling() or distance.is_meta):
+            # There are no values of masks to look at.
+            far = self._keep is None or self._keep > self.max_len
+        elif far and strip.mask is not None:
+            far = bool((strip.mask & (distance >= self.max_len)).any())
+        if far:
+            raise ZooError(
+                f"max_len={self.max_len} of 'cope' with with_rel is too short for a distance of "
+                f"{farthest}; allowed: less than max_len"
+            )
         meets = (strip.q.to(dtype) * strip.scale) @ self.relative.to(dtype).t()
         distance = distance.clamp(0, self.max_len - 1)
         return meets.gather(-1, distance.expand(*meets.shape[:2], -1, -1))

@@ -26,7 +26,6 @@ after scaling, with the longer length.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ZooError, unknown
-from zoo.parts import Layout, Position
+from zoo.parts import Layout, Position, full_precision
 from zoo.position.rope import rope_apply, rope_frequencies
 from zoo.registry import Paper, Taxonomy, Traits, register
 
@@ -93,7 +92,7 @@ def fope_tables(angles: Tensor, coef: Tensor, half: int, zero_sin: float) -> tup
     waves = torch.stack((angles.sin(), angles.cos()))  # (2, ..., N, M)
     groups, inputs, pairs = coef.shape[1:]
     mix = coef.to(angles.dtype).transpose(1, 2).flatten(2)  # (2 or 1, M, G K)
-    with _exact(angles.device.type):
+    with full_precision(angles):
         mixed = waves @ mix.view(len(mix), *[1] * (angles.ndim - 2), inputs, groups * pairs)
     sin, cos = mixed.unflatten(-1, (groups, pairs))  # (..., N, G, K)
     rest = half - pairs
@@ -102,13 +101,6 @@ def fope_tables(angles: Tensor, coef: Tensor, half: int, zero_sin: float) -> tup
     tables = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
     # Projections leave q and k with the heads of a token side by side: so do the tables.
     return tables[0].transpose(-2, -3), tables[1].transpose(-2, -3)
-
-
-def _exact(kind: str) -> contextlib.AbstractContextManager[Any]:
-    """Keep autocast from rounding a product to half precision."""
-    if not torch.amp.is_autocast_available(kind):
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 @register(
