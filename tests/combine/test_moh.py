@@ -15,7 +15,8 @@ from torch import Tensor
 
 import zoo
 from zoo import flops
-from zoo.combine import moh
+from zoo.combine import _selected_rows, moh
+from zoo.combine._selected_rows import SelectedRows
 from zoo.combine.moh import (
     MoH,
     head_usage,
@@ -189,7 +190,7 @@ def plainly(attn, mask=None):
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 @pytest.mark.parametrize(("causal", "kv_heads"), [(True, 4), (False, 2)])
 def test_equals_reference(many_strips, options, causal, kv_heads, route):
-    with patch.object(moh, "STRIP_ROWS", 3):
+    with patch.object(_selected_rows, "STRIP_ROWS", 3):
         attn = build(causal=causal, kv_heads=kv_heads, bias=True, aux_weight=0.3, **options)
         if route == "moh_skip" and not attn.combine.routed_heads:
             return
@@ -538,7 +539,7 @@ def test_padding_beside_cached_tokens():
 
 def selected(attn, x):
     """What the fast route hands to its kernel in a pass."""
-    with patch.object(moh._SelectedRows, "apply", wraps=moh._SelectedRows.apply) as apply:
+    with patch.object(SelectedRows, "apply", wraps=SelectedRows.apply) as apply:
         attn(x)
     (call,) = apply.call_args_list
     return call.args
@@ -573,7 +574,7 @@ def test_only_selected_rows_cost_operations():
 
 def test_selected_rows_cost_only_the_keys_of_their_past():
     x = draw(2, 60, 32)
-    with patch.object(moh, "STRIP_ROWS", 3):
+    with patch.object(_selected_rows, "STRIP_ROWS", 3):
         full, causal = (operations("moh_skip", x, causal=c, **HAND) for c in (False, True))
     pairs = 2 * 60 * 2 * 60
     assert 0.4 < (full - causal) / (pairs * 2 * 2 * 8) < 0.5
@@ -667,7 +668,7 @@ def test_heads_with_one_row_and_with_none(causal, kv_heads, parts, strip):
     attn.route = "dense"
     expected = settle(attn, x)
     attn.route = "moh_skip"
-    with patch.object(moh, "STRIP_ROWS", strip):
+    with patch.object(_selected_rows, "STRIP_ROWS", strip):
         found = settle(attn, x)
         _, _, _, rows, counts, *_ = selected(attn, x)
     assert counts == [0, 13, 0, 0, 1, 12, 0, 0]
@@ -696,9 +697,9 @@ def test_backward_of_selected_rows_against_finite_differences(causal):
     rows, counts = torch.tensor([0, 3, 4, 2]), [3, 0, 1]
 
     def form(q, k, v):
-        return moh._SelectedRows.apply(q, k, v, rows, counts, causal, 0.7)
+        return SelectedRows.apply(q, k, v, rows, counts, causal, 0.7)
 
-    with patch.object(moh, "STRIP_ROWS", 2):
+    with patch.object(_selected_rows, "STRIP_ROWS", 2):
         assert torch.autograd.gradcheck(form, (q, k, v))
         y = form(q, k, v)
     on = torch.zeros(1, 3, 5, dtype=torch.bool)
@@ -750,7 +751,7 @@ def test_decoding_steps_skip_heads():
     expected = attn(x)
     with torch.no_grad():
         for i in range(6):
-            with patch.object(moh._SelectedRows, "apply", wraps=moh._SelectedRows.apply) as apply:
+            with patch.object(SelectedRows, "apply", wraps=SelectedRows.apply) as apply:
                 y = attn(x[:, i : i + 1], cache=cache)
             ((_, k, _, rows, *_),) = (call.args for call in apply.call_args_list)
             assert k.shape[2] == i + 1

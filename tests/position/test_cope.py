@@ -15,8 +15,9 @@ import zoo
 from zoo.errors import CompatibilityError, ZooError
 from zoo.models.decoder_lm import DecoderLM
 from zoo.parts import repeat_heads
-from zoo.position import cope as module
-from zoo.position.cope import cope_attention, cope_attention_reference, position_logits
+from zoo.position import _cope_strips as fast
+from zoo.position._cope_strips import cope_attention
+from zoo.position.cope import CoPE, cope_attention_reference, position_logits
 
 CONTRACT_OPTIONS = [
     {},
@@ -38,9 +39,9 @@ VARIANTS = {
 @pytest.fixture
 def tiny(monkeypatch):
     """Many strips of few rows, few samples at once, and positions counted in small steps."""
-    monkeypatch.setattr(module, "ROWS", 5)
-    monkeypatch.setattr(module, "KEYS", 3)
-    monkeypatch.setattr(module, "LOT", 200)
+    monkeypatch.setattr(fast, "ROWS", 5)
+    monkeypatch.setattr(fast, "KEYS", 3)
+    monkeypatch.setattr(fast, "LOT", 200)
 
 
 def make(spec="cope", heads=4, **options):
@@ -128,7 +129,7 @@ def test_golden_core(golden):
 def test_strips_equal_reference(
     groups, npos, lot, own_keys, nodiv, padded, dtype, tiny, monkeypatch
 ):
-    monkeypatch.setattr(module, "LOT", lot)
+    monkeypatch.setattr(fast, "LOT", lot)
     given = {
         "q": draw(3, 4, 23, 6, dtype=dtype),
         "k": draw(3, groups, 26, 6, seed=1, dtype=dtype),
@@ -211,11 +212,11 @@ def test_strips_are_taken_and_say_why_not():
 def test_lots_stay_small_however_many_heads_share_keys(sizes, length):
     groups, repeats = sizes
     q = torch.empty(groups, repeats, length, 0)
-    pieces, (lot, rows) = module._pieces(q, None, length)
-    assert lot * rows * length <= module.LOT * min(2, repeats)
+    pieces, (lot, rows) = fast._pieces(q, None, length)
+    assert lot * rows * length <= fast.LOT * min(2, repeats)
     if repeats == 1:
-        assert rows == min(module.ROWS, length)
-        assert lot == min(groups, module.LOT // (rows * length))
+        assert rows == min(fast.ROWS, length)
+        assert lot == min(groups, fast.LOT // (rows * length))
     seen = torch.zeros(groups, repeats, length)
     for piece in pieces:
         seen[piece.cut] += 1
@@ -303,15 +304,15 @@ def test_any_scale(sep_key, nodiv, scale):
 def test_older_keys_need_no_position_of_their_own(monkeypatch):
     """A row's keys count one half each, so npos - 1 = 3 is reached by the sixth."""
     widths = []
-    place = module._Piece.place
+    place = fast._Piece.place
 
     def spy(piece, scores, table, near, work):
         widths.append((near, scores.shape[2]))
         place(piece, scores, table, near, work)
 
-    monkeypatch.setattr(module._Piece, "place", spy)
-    monkeypatch.setattr(module, "ROWS", 4)
-    monkeypatch.setattr(module, "KEYS", 1)
+    monkeypatch.setattr(fast._Piece, "place", spy)
+    monkeypatch.setattr(fast, "ROWS", 4)
+    monkeypatch.setattr(fast, "KEYS", 1)
     q, k = torch.zeros(1, 1, 16, 2), draw(1, 1, 16, 2, dtype=torch.float32)
     cope_attention(q, k, k, torch.zeros(2, 4))
     # The oldest row of a strip begins three keys later than the newest.
@@ -542,7 +543,7 @@ def test_gates_do_not_come_from_other_scores():
 def test_shared_embeddings_are_one_parameter():
     def embeddings(spec, **layers):
         model = DecoderLM(11, dim=8, heads=2, depth=3, max_len=6, attention=spec, layers=layers)
-        return [m.embedding for m in model.modules() if isinstance(m, module.CoPE)]
+        return [m.embedding for m in model.modules() if isinstance(m, CoPE)]
 
     first, *others = embeddings("cope(npos=3, shared=True)")
     assert len(others) == 2

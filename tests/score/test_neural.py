@@ -15,13 +15,8 @@ from zoo import engine
 from zoo.bench.memory import peak
 from zoo.errors import CompatibilityError
 from zoo.models.decoder_lm import DecoderLM
-from zoo.score.neural import (
-    Neural,
-    neural_attention_strips,
-    neural_scores_reference,
-    tiles,
-    uniform_rows,
-)
+from zoo.score._neural_strips import neural_attention_strips, tiles
+from zoo.score.neural import Neural, neural_scores_reference, uniform_rows
 
 # At the sizes of the contracts the default's only unit of the second layer is on everywhere, so
 # that its bias has no gradient but rounding.
