@@ -44,11 +44,11 @@ def _load(x, i, step, ok, WIDTH: tl.constexpr, PADDED: tl.constexpr, UPCAST: tl.
 
 
 @triton.jit
-def _load_one(x, i, step, ok, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Row i of a matrix in float32, zeros if it is not ok."""
-    column = tl.arange(0, PADDED)
-    place = x + (column * 0 + i).to(tl.int64) * step + column
-    return tl.load(place, mask=(column < WIDTH) & ok, other=0.0).to(tl.float32)
+def _marks(k, t, end, step, BLOCK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+           MARKS: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Keys of the landmarks of the groups t, ..., t + MARKS - 1, zeros from group `end` on."""
+    group = t + tl.arange(0, MARKS)
+    return _load(k, group * (BLOCK + 1) + BLOCK, step, group < end, D, BD, UPCAST)
 
 
 @triton.jit
@@ -102,13 +102,12 @@ def forward(
     acc = tl.zeros([BM, BE], tl.float32)
     # Groups before the first row's: all rows see their landmarks, MARKS of which make one product.
     for first in range(0, lowest, MARKS):
-        there = first + column < lowest
-        marks = _load(k_at + BLOCK * k_step[2], (first + column) * GROUP, k_step[2], there,
-                      D, BD, UPCAST)  # fmt: skip
-        s = tl.where(there[None, :], _product(q, tl.trans(marks), PREC) * scale, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1))
+        marks = _marks(k_at, first, lowest, k_step[2], BLOCK, D, BD, MARKS, UPCAST)
+        scores = _product(q, tl.trans(marks), PREC) * scale
+        scores = tl.where((first + column < lowest)[None, :], scores, float("-inf"))
+        new = tl.maximum(top, tl.max(scores, 1))
         shrink = tl.exp2(top - new)
-        outer = tl.exp2(s - new[:, None])
+        outer = tl.exp2(scores - new[:, None])
         total = total * shrink + tl.sum(outer, 1)
         acc = acc * shrink[:, None]
         top = new
@@ -130,9 +129,10 @@ def forward(
         inner = tl.maximum(tl.max(s, 1), -1e30)
         e = tl.exp2(s - inner[:, None])
         mass = tl.sum(e, 1)
-        last = t * GROUP + BLOCK
-        mark = _load_one(k_at, last, k_step[2], last < count, D, BD)
-        score = tl.where(past, tl.sum(q.to(tl.float32) * mark[None, :], 1) * scale, inner)
+        end = tl.minimum(t + 1, count // GROUP)
+        mark = _marks(k_at, t, end, k_step[2], BLOCK, D, BD, MARKS, UPCAST)
+        score = tl.sum(_product(q, tl.trans(mark), PREC), 1) * scale
+        score = tl.where(past, score, inner)
         new = tl.maximum(top, score)
         shrink = tl.exp2(top - new)
         outer = tl.exp2(score - new)
@@ -191,8 +191,7 @@ def backward_q(
 
     dq = tl.zeros([BM, BD], tl.float32)
     for first in range(0, lowest, MARKS):
-        marks = _load(k_at + BLOCK * k_step[2], (first + column) * GROUP, k_step[2],
-                      first + column < lowest, D, BD, UPCAST)  # fmt: skip
+        marks = _marks(k_at, first, lowest, k_step[2], BLOCK, D, BD, MARKS, UPCAST)
         scores = _product(q, tl.trans(marks), PREC) * scale
         dscores = tl.zeros([BM, MARKS], tl.float32)
         for t in range(first, tl.minimum(first + MARKS, lowest)):
@@ -202,9 +201,9 @@ def backward_q(
             s = tl.where((n < BLOCK)[None, :], s, float("-inf"))
             here = (column == t - first)[None, :]
             mark = tl.sum(tl.where(here, scores, 0.0), 1)
-            _, ds, dmark = _earlier(s, _product(do, tl.trans(v), PREC), mark, lse, delta)
+            _, ds, dscore = _earlier(s, _product(do, tl.trans(v), PREC), mark, lse, delta)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PREC)
-            dscores = tl.where(here, dmark[:, None], dscores)
+            dscores = tl.where(here, dscore[:, None], dscores)
         dq = tl.dot(dscores.to(marks.dtype), marks, dq, input_precision=PREC)
     for t in range(lowest, highest + 1):
         j = t * GROUP + n
@@ -216,15 +215,18 @@ def backward_q(
         inner = tl.maximum(tl.max(s, 1), -1e30)
         e = tl.exp2(s - inner[:, None])
         mass = tl.where(past, tl.sum(e, 1), 1.0)
-        last = t * GROUP + BLOCK
-        mark = _load_one(k_at, last, k_step[2], last < count, D, BD)
-        score = tl.where(past, tl.sum(q.to(tl.float32) * mark[None, :], 1) * scale, inner)
+        end = tl.minimum(t + 1, count // GROUP)
+        mark = _marks(k_at, t, end, k_step[2], BLOCK, D, BD, MARKS, UPCAST)
+        score = tl.sum(_product(q, tl.trans(mark), PREC), 1) * scale
+        score = tl.where(past, score, inner)
         w = tl.exp2(score - lse)
         dp = _product(do, tl.trans(v), PREC)
         met = tl.sum(e * dp, 1) / mass
         ds = e * (w / mass)[:, None] * (dp - tl.where(past, met, delta)[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PREC)
-        dq += tl.where(past, w * (met - delta), 0.0)[:, None] * mark[None, :]
+        dscore = tl.where(past, w * (met - delta), 0.0)
+        dscores = tl.where((column == 0)[None, :], dscore[:, None], 0.0)
+        dq = tl.dot(dscores.to(mark.dtype), mark, dq, input_precision=PREC)
     _store(dq * natural, _base(DQ, dq_step, b, h, start), i, dq_step[2], i < count, D, BD)
 
 
@@ -233,7 +235,7 @@ def backward_k(
     Q, q_step, K, k_step, V, v_step, GRAD, g_step, DK, dk_step, DV, dv_step, LSE, DELTA,
     places, tiles, length, rep, scale, natural,
     BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MARKS: tl.constexpr,
     PREC: tl.constexpr, UPCAST: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values of one group, from all query heads that share them."""
@@ -249,13 +251,16 @@ def backward_k(
     k_at = _base(K, k_step, b, shared, start)
     k = _load(k_at, j, k_step[2], there, D, BD, UPCAST)
     v = _load(_base(V, v_step, b, shared, start), j, v_step[2], there, E, BE, UPCAST)
+    # The landmark is the first row of a tile that is else zero, for the sake of tensor cores.
+    end = tl.minimum(t + 1, count // GROUP)
+    mark = _marks(k_at, t, end, k_step[2], BLOCK, D, BD, MARKS, UPCAST)
+    column = tl.arange(0, MARKS)
     last = t * GROUP + BLOCK
-    mark = _load_one(k_at, last, k_step[2], last < count, D, BD)
     after = tl.minimum(last + 1, count)
 
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BE], tl.float32)
-    dmarks = tl.zeros([BD], tl.float32)
+    dmark = tl.zeros([BD, MARKS], tl.float32)
     for member in range(0, rep):
         h = shared * rep + member
         q_at = _base(Q, q_step, b, h, start)
@@ -281,21 +286,18 @@ def backward_k(
             delta = tl.load(DELTA + line + i, mask=i < count, other=0.0)
             s = _product(q, tl.trans(k), PREC) * scale
             s = tl.where((n < BLOCK)[None, :], s, float("-inf"))
-            wide = q.to(tl.float32)
-            score = tl.sum(wide * mark[None, :], 1) * scale
-            p, ds, dmark = _earlier(s, _product(do, tl.trans(v), PREC), score, lse, delta)
+            score = tl.sum(_product(q, tl.trans(mark), PREC), 1) * scale
+            p, ds, dscore = _earlier(s, _product(do, tl.trans(v), PREC), score, lse, delta)
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PREC)
             dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PREC)
-            dmarks += tl.sum(dmark[:, None] * wide, 0)
+            dscores = tl.where((column == 0)[None, :], dscore[:, None], 0.0).to(q.dtype)
+            dmark = tl.dot(tl.trans(q), dscores, dmark, input_precision=PREC)
     dk_at = _base(DK, dk_step, b, shared, start)
     dv_at = _base(DV, dv_step, b, shared, start)
     _store(dk * natural, dk_at, j, dk_step[2], there, D, BD)
     _store(dv, dv_at, j, dv_step[2], there, E, BE)
-    # The landmark's own key and value; the value is never used.
-    column = tl.arange(0, BD)
-    place = dk_at + last.to(tl.int64) * dk_step[2] + column
-    tl.store(place, (dmarks * natural).to(DK.dtype.element_ty), mask=(column < D) & (last < count))
-    column = tl.arange(0, BE)
-    place = dv_at + last.to(tl.int64) * dv_step[2] + column
-    zeros = tl.zeros([BE], DV.dtype.element_ty)
-    tl.store(place, zeros, mask=(column < E) & (last < count))
+    # The landmark itself, whose value is never used.
+    is_last = (n == 0) & (last < count)
+    own = tl.sum(dmark, 1)[None, :] + tl.zeros([BN, BD], tl.float32)
+    _store(own * natural, dk_at, last + n, dk_step[2], is_last, D, BD)
+    _store(tl.zeros([BN, BE], tl.float32), dv_at, last + n, dv_step[2], is_last, E, BE)

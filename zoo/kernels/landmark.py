@@ -124,6 +124,7 @@ def _constants(q: Tensor, v: Tensor, block: int, cu_seqlens: Tensor | None) -> d
         "BE": block_d(v.shape[-1]),
         "BN": tile,
         "BM": 64,
+        "MARKS": LEAST,
         "PREC": precision(q),
         "UPCAST": upcast(q),
         "VARLEN": cu_seqlens is not None,
@@ -160,7 +161,7 @@ def _landmark_fwd(
     places, tiles = _sequences(cu_seqlens, constants["BM"], q)
     kernels.forward[(q.shape[0] * tiles, heads)](
         q, strides(q), k, strides(k), v, strides(v), out, strides(out), lse, places, tiles,
-        q.shape[2], heads // k.shape[1], scale * LOG2_E, MARKS=LEAST, **constants,
+        q.shape[2], heads // k.shape[1], scale * LOG2_E, **constants,
     )  # fmt: skip
     return out, lse
 
@@ -198,7 +199,7 @@ def _landmark_bwd(
     kernels.backward_q[(batch * tiles, heads)](
         q, strides(q), k, strides(k), v, strides(v), out, strides(out), grad, strides(grad),
         dq, strides(dq), lse, delta, places, tiles, length, rep, scale * LOG2_E, scale,
-        MARKS=LEAST, **constants,
+        **constants,
     )  # fmt: skip
     places, tiles = _sequences(cu_seqlens, block + 1, q)
     kernels.backward_k[(batch * tiles, heads // rep)](
