@@ -112,25 +112,31 @@ def _sequences(cu_seqlens: Tensor | None, size: int, q: Tensor) -> tuple[Tensor 
 
 
 def _constants(q: Tensor, v: Tensor, block: int, cu_seqlens: Tensor | None) -> dict[str, Any]:
-    wide = max(block_d(q.shape[-1]), block_d(v.shape[-1]))
-    tile = block_d(block)
-    # Bytes of shared memory for keys and values of one stage decide how many stages there are.
-    stage = 2 * tile * wide * q.element_size()
+    """What all three kernels are compiled for."""
     return {
         "BLOCK": block,
         "D": q.shape[-1],
         "E": v.shape[-1],
         "BD": block_d(q.shape[-1]),
         "BE": block_d(v.shape[-1]),
-        "BN": tile,
-        "BM": 64,
+        "BN": block_d(block),
         "MARKS": LEAST,
         "PREC": precision(q),
         "UPCAST": upcast(q),
         "VARLEN": cu_seqlens is not None,
-        "num_warps": 4,
-        "num_stages": 1 + (stage <= 2**15) + (stage <= 2**14),
     }
+
+
+def _tiling(q: Tensor, v: Tensor, block: int, over_keys: bool = False) -> dict[str, int]:
+    """Rows of a tile of queries, warps and stages; the choice keeps accumulators in registers."""
+    width = max(block_d(q.shape[-1]), block_d(v.shape[-1]))
+    large = block_d(block) * width > 64 * 64
+    if q.element_size() == 4:
+        return {"BM": 32 if large else 64, "num_warps": 8 if large else 4, "num_stages": 1}
+    if over_keys:
+        return {"BM": 64, "num_warps": 8 if large else 4, "num_stages": 2}
+    tall = block_d(block) * width <= 64 * 128 and not INTERPRET
+    return {"BM": 128 if tall else 64, "num_warps": 8, "num_stages": 2}
 
 
 def _like(x: Tensor, width: int) -> Tensor:
@@ -157,11 +163,11 @@ def _landmark_fwd(
         return out, lse
     q, k, v = rows(q), rows(k), rows(v)
     heads = q.shape[1]
-    constants = _constants(q, v, block, cu_seqlens)
-    places, tiles = _sequences(cu_seqlens, constants["BM"], q)
+    constants, tiling = _constants(q, v, block, cu_seqlens), _tiling(q, v, block)
+    places, tiles = _sequences(cu_seqlens, tiling["BM"], q)
     kernels.forward[(q.shape[0] * tiles, heads)](
         q, strides(q), k, strides(k), v, strides(v), out, strides(out), lse, places, tiles,
-        q.shape[2], heads // k.shape[1], scale * LOG2_E, **constants,
+        q.shape[2], heads // k.shape[1], scale * LOG2_E, **constants, **tiling,
     )  # fmt: skip
     return out, lse
 
@@ -194,18 +200,18 @@ def _landmark_bwd(
     batch, heads, length = q.shape[:3]
     rep = heads // k.shape[1]
     delta = torch.empty_like(lse)
-    constants = _constants(q, v, block, cu_seqlens)
-    places, tiles = _sequences(cu_seqlens, constants["BM"], q)
+    constants, tiling = _constants(q, v, block, cu_seqlens), _tiling(q, v, block)
+    places, tiles = _sequences(cu_seqlens, tiling["BM"], q)
     kernels.backward_q[(batch * tiles, heads)](
         q, strides(q), k, strides(k), v, strides(v), out, strides(out), grad, strides(grad),
         dq, strides(dq), lse, delta, places, tiles, length, rep, scale * LOG2_E, scale,
-        **constants,
+        **constants, **tiling,
     )  # fmt: skip
     places, tiles = _sequences(cu_seqlens, block + 1, q)
     kernels.backward_k[(batch * tiles, heads // rep)](
         q, strides(q), k, strides(k), v, strides(v), grad, strides(grad), dk, strides(dk),
         dv, strides(dv), lse, delta, places, tiles, length, rep, scale * LOG2_E, scale,
-        **constants,
+        **constants, **_tiling(q, v, block, over_keys=True),
     )  # fmt: skip
     return dq, dk, dv
 
