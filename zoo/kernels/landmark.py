@@ -58,10 +58,6 @@ def landmark_attention(
         ZooError: If a shape, a type or `block` is none of these, or nothing here runs the kernel.
     """
     _check(q, k, v, block, cu_seqlens)
-    if not torch.compiler.is_compiling():
-        reason = refuse(q, k, v, head_dim=WIDEST, by_name=True)
-        if reason:
-            raise ZooError(f"landmark_attention: {reason}")
     return _landmark_fwd(q, k, v, block, scale, cu_seqlens)[0]
 
 
@@ -145,11 +141,11 @@ def _like(x: Tensor, width: int) -> Tensor:
     return x.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
-def _able(q: Tensor) -> None:
-    if q.device.type == "cpu" and not INTERPRET:
-        raise ZooError(
-            "zoo::landmark runs on a CPU only in Triton's interpreter (TRITON_INTERPRET=1)"
-        )
+def _able(*tensors: Tensor) -> None:
+    """Raise if the kernels cannot take these tensors; it is too late for another route here."""
+    reason = refuse(*tensors, head_dim=WIDEST, by_name=True)
+    if reason:
+        raise ZooError(f"the Triton kernel of Landmark attention cannot run: {reason}")
 
 
 @torch.library.custom_op("zoo::landmark_fwd", mutates_args=())
@@ -157,18 +153,20 @@ def _landmark_fwd(
     q: Tensor, k: Tensor, v: Tensor, block: int, scale: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, N, E) and log2-sum-exp2 of the outer softmax (B, H, N)."""
-    _able(q)
+    _able(q, k, v)
     out, lse = _fake_fwd(q, k, v, block, scale, cu_seqlens)
     if out.numel() == 0:
         return out, lse
     q, k, v = rows(q), rows(k), rows(v)
     heads = q.shape[1]
-    constants, tiling = _constants(q, v, block, cu_seqlens), _tiling(q, v, block)
-    places, tiles = _sequences(cu_seqlens, tiling["BM"], q)
-    kernels.forward[(q.shape[0] * tiles, heads)](
-        q, strides(q), k, strides(k), v, strides(v), out, strides(out), lse, places, tiles,
-        q.shape[2], heads // k.shape[1], scale * LOG2_E, **constants, **tiling,
-    )  # fmt: skip
+    tiling = _tiling(q, v, block)
+    with torch.cuda.device_of(q):
+        places, tiles = _sequences(cu_seqlens, tiling["BM"], q)
+        kernels.forward[(q.shape[0] * tiles, heads)](
+            q, strides(q), k, strides(k), v, strides(v), out, strides(out), lse, places, tiles,
+            q.shape[2], heads // k.shape[1], scale * LOG2_E,
+            **_constants(q, v, block, cu_seqlens), **tiling,
+        )  # fmt: skip
     return out, lse
 
 
@@ -192,7 +190,7 @@ def _landmark_bwd(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their types."""
-    _able(q)
+    _able(q, k, v)
     dq, dk, dv = _fake_bwd(grad, q, k, v, out, lse, block, scale, cu_seqlens)
     if q.numel() == 0:
         return dq, dk, dv
@@ -201,18 +199,20 @@ def _landmark_bwd(
     rep = heads // k.shape[1]
     delta = torch.empty_like(lse)
     constants, tiling = _constants(q, v, block, cu_seqlens), _tiling(q, v, block)
-    places, tiles = _sequences(cu_seqlens, tiling["BM"], q)
-    kernels.backward_q[(batch * tiles, heads)](
-        q, strides(q), k, strides(k), v, strides(v), out, strides(out), grad, strides(grad),
-        dq, strides(dq), lse, delta, places, tiles, length, rep, scale * LOG2_E, scale,
-        **constants, **tiling,
-    )  # fmt: skip
-    places, tiles = _sequences(cu_seqlens, block + 1, q)
-    kernels.backward_k[(batch * tiles, heads // rep)](
-        q, strides(q), k, strides(k), v, strides(v), grad, strides(grad), dk, strides(dk),
-        dv, strides(dv), lse, delta, places, tiles, length, rep, scale * LOG2_E, scale,
-        **constants, **_tiling(q, v, block, over_keys=True),
-    )  # fmt: skip
+    numbers = (length, rep, scale * LOG2_E, scale)
+    with torch.cuda.device_of(q):
+        places, tiles = _sequences(cu_seqlens, tiling["BM"], q)
+        kernels.backward_q[(batch * tiles, heads)](
+            q, strides(q), k, strides(k), v, strides(v), out, strides(out), grad, strides(grad),
+            dq, strides(dq), lse, delta, places, tiles, *numbers, **constants, **tiling,
+        )  # fmt: skip
+        # This one needs the delta that the other has written.
+        tiling = _tiling(q, v, block, over_keys=True)
+        places, tiles = _sequences(cu_seqlens, block + 1, q)
+        kernels.backward_k[(batch * tiles, heads // rep)](
+            q, strides(q), k, strides(k), v, strides(v), grad, strides(grad), dk, strides(dk),
+            dv, strides(dv), lse, delta, places, tiles, *numbers, **constants, **tiling,
+        )  # fmt: skip
     return dq, dk, dv
 
 
@@ -243,7 +243,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
         return (None,) * 6
     q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
     grads = _landmark_bwd(grad, q, k, v, out, lse, ctx.block, ctx.scale, cu_seqlens)
-    return (*(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 3)
+    wanted = zip(grads, ctx.needs_input_grad[:3], strict=True)
+    return (*(dx if needed else None for dx, needed in wanted), None, None, None)
 
 
 def _no_second(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
