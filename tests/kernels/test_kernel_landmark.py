@@ -19,10 +19,10 @@ from zoo.kernels.landmark import landmark_attention
 
 # Batch, heads, key heads, length, width of keys, width of values, ordinary tokens of a group.
 SHAPES = {
-    "tail": (1, 2, 1, 100, 16, 16, 20),
-    "many_groups": (1, 1, 1, 90, 24, 40, 3),
-    "pairs": (1, 1, 1, 37, 16, 16, 1),
-    "whole_tile": (2, 2, 2, 70, 8, 8, 32),
+    "tail": (1, 2, 1, 75, 16, 16, 20),
+    "many_groups": (1, 1, 1, 82, 24, 40, 3),
+    "pairs": (1, 1, 1, 25, 16, 16, 1),
+    "whole_tile": (2, 2, 2, 40, 8, 8, 32),
     "wide_head": (1, 1, 1, 70, 80, 128, 50),
     "longest_group": (1, 2, 1, 140, 16, 16, 128),
     "one_group": (1, 4, 2, 9, 16, 16, 50),
@@ -92,9 +92,9 @@ def test_equals_the_definition(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype, device: str) -> None:
-    shape = (1, 2, 1, 80, 32, 32, 20)
+    shape = (1, 2, 1, 66, 32, 32, 32)
     leaves, grad = inputs(shape, device, dtype)
-    check(leaves, grad, 20, landmark_attention(*leaves, 20, 32**-0.5), 32**-0.5)
+    check(leaves, grad, 32, landmark_attention(*leaves, 32, 32**-0.5), 32**-0.5)
 
 
 def test_large_scores_do_not_overflow(device: str) -> None:
@@ -110,8 +110,8 @@ def test_any_scale(scale: float, device: str) -> None:
 
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64])
 def test_packed_sequences_are_sequences_of_their_own(integer: torch.dtype, device: str) -> None:
-    ends = [0, 70, 70, 71, 92, 100]
-    (q, k, v), grad = inputs((1, 2, 1, 100, 16, 16, 20), device)
+    ends = [0, 70, 70, 71, 85]
+    (q, k, v), grad = inputs((1, 2, 1, 85, 16, 16, 20), device)
     cu_seqlens = torch.tensor(ends, device=device, dtype=integer)
     out = landmark_attention(q, k, v, 20, 0.25, cu_seqlens)
     found = torch.autograd.grad(out, (q, k, v), grad)
@@ -178,13 +178,14 @@ def test_values_of_landmarks_are_never_used(device: str) -> None:
     assert dk[:, :, landmark][:, :, :-1].any(-1).all()
 
 
-@pytest.mark.parametrize("needed", range(3))
-def test_one_input_that_requires_grad(needed: int, device: str) -> None:
-    leaves, grad = inputs((1, 2, 1, 20, 16, 16, 5), device)
-    every = torch.autograd.grad(landmark_attention(*leaves, 5, 0.25), leaves, grad)
-    some = [x.detach().requires_grad_(i == needed) for i, x in enumerate(leaves)]
-    (found,) = torch.autograd.grad(landmark_attention(*some, 5, 0.25), some[needed], grad)
-    assert torch.equal(found, every[needed])
+def test_one_input_that_requires_grad(device: str) -> None:
+    leaves, grad = inputs((1, 1, 1, 12, 16, 16, 7), device)
+    every = torch.autograd.grad(landmark_attention(*leaves, 7, 0.25), leaves, grad)
+    for needed in range(3):
+        some = [x.detach().requires_grad_(i == needed) for i, x in enumerate(leaves)]
+        (found,) = torch.autograd.grad(landmark_attention(*some, 7, 0.25), some[needed], grad)
+        # Equal to the bit: nothing is summed in an order that may change.
+        assert torch.equal(found, every[needed])
 
 
 def test_second_derivative_is_refused(device: str) -> None:
@@ -196,10 +197,11 @@ def test_second_derivative_is_refused(device: str) -> None:
         torch.autograd.grad(first[0].sum(), leaves)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck looks at clones
 @pytest.mark.parametrize("packed", [False, True])
 def test_operators_pass_the_checks_of_torch(packed: bool, device: str) -> None:
-    leaves, grad = inputs((1, 2, 1, 25, 16, 24, 5), device)
-    cu_seqlens = torch.tensor([0, 10, 25], device=device) if packed else None
+    leaves, grad = inputs((1, 2, 1, 10, 16, 24, 4), device)
+    cu_seqlens = torch.tensor([0, 3, 10], device=device) if packed else None
     arguments = (*leaves, 5, 0.25, cu_seqlens)
     torch.library.opcheck(torch.ops.zoo.landmark_fwd.default, arguments)
     plain = [x.detach() for x in leaves]
@@ -212,11 +214,11 @@ def test_operators_pass_the_checks_of_torch(packed: bool, device: str) -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(dynamic: bool, device: str) -> None:
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (landmark_attention(2 * q, k, v, 5, 0.25) ** 2).sum()
+        return (landmark_attention(2 * q, k, v, 8, 0.25) ** 2).sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for n in (13, 20) if dynamic else (13,):
-        leaves, _ = inputs((1, 2, 1, n, 16, 16, 5), device)
+    for n in (9, 13) if dynamic else (9,):
+        leaves, _ = inputs((1, 2, 1, n, 16, 16, 8), device)
         found = torch.autograd.grad(compiled(*leaves), leaves)
         wanted = torch.autograd.grad(loss(*leaves), leaves)
         for name, actual, other in zip("qkv", found, wanted, strict=True):
@@ -224,9 +226,9 @@ def test_compiles_whole(dynamic: bool, device: str) -> None:
 
 
 def test_counts_its_operations(device: str) -> None:
-    leaves, grad = inputs((2, 2, 1, 20, 16, 24, 5), device)
+    leaves, grad = inputs((2, 2, 1, 20, 16, 24, 32), device)
     with FlopCounterMode(display=False) as counter:
-        out = landmark_attention(*leaves, 5, 0.25)
+        out = landmark_attention(*leaves, 32, 0.25)
     pairs = 2 * 2 * 20 * 21 // 2
     assert counter.get_total_flops() == 2 * pairs * (16 + 24)
     with FlopCounterMode(display=False) as counter:
@@ -235,7 +237,7 @@ def test_counts_its_operations(device: str) -> None:
     one = [x[:1].detach() for x in leaves]
     ends = torch.tensor([0, 5, 20], device=device)
     with FlopCounterMode(display=False) as counter:
-        landmark_attention(*one, 5, 0.25, ends)
+        landmark_attention(*one, 32, 0.25, ends)
     assert counter.get_total_flops() == 2 * 2 * (5 * 6 // 2 + 15 * 16 // 2) * (16 + 24)
 
 
