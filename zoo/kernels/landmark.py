@@ -125,14 +125,15 @@ def _constants(q: Tensor, v: Tensor, block: int, cu_seqlens: Tensor | None) -> d
 
 def _tiling(q: Tensor, v: Tensor, block: int, over_keys: bool = False) -> dict[str, int]:
     """Rows of a tile of queries, warps and stages; the choice keeps accumulators in registers."""
-    width = max(block_d(q.shape[-1]), block_d(v.shape[-1]))
-    large = block_d(block) * width > 64 * 64
-    if q.element_size() == 4:
-        return {"BM": 32 if large else 64, "num_warps": 8 if large else 4, "num_stages": 1}
+    area = block_d(block) * max(block_d(q.shape[-1]), block_d(v.shape[-1]))
+    large = area > 64 * 64
+    if INTERPRET:
+        return {"BM": 64}
+    if q.element_size() == 4:  # products without tensor cores hold whole rows in registers
+        return {"BM": 16 if large else 32, "num_warps": 8, "num_stages": 1}
     if over_keys:
         return {"BM": 64, "num_warps": 8 if large else 4, "num_stages": 2}
-    tall = block_d(block) * width <= 64 * 128 and not INTERPRET
-    return {"BM": 128 if tall else 64, "num_warps": 8, "num_stages": 2}
+    return {"BM": 128 if area <= 64 * 128 else 64, "num_warps": 8, "num_stages": 2}
 
 
 def _like(x: Tensor, width: int) -> Tensor:
