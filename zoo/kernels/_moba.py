@@ -30,10 +30,7 @@ def _tile(
     columns = tl.arange(0, WIDE)
     at = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     if WIDTH == WIDE:
-        if MASKED:
-            x = tl.load(at, mask=live[:, None], other=0.0)
-        else:
-            x = tl.load(at)
+        x = tl.load(at, mask=live[:, None], other=0.0) if MASKED else tl.load(at)
     else:
         keep = (columns < WIDTH)[None, :]
         if MASKED:
@@ -68,14 +65,13 @@ def _attend(q, k, v, seen, top, total, acc, factor, MASKED: tl.constexpr, PREC: 
 
 
 @triton.jit
-def _weigh(
-    q, k, v, grad, lse, delta, seen, factor, MASKED: tl.constexpr, PREC: tl.constexpr
-):
+def _weigh(q, k, v, grad, lse, delta, seen, factor, MASKED: tl.constexpr, PREC: tl.constexpr):
     """Weights of the pairs of a tile and the gradients of their scores (without the scale)."""
     s = tl.dot(q, tl.trans(k), input_precision=PREC, out_dtype=tl.float32) * factor
-    p = tl.exp2(s - lse[:, None])
+    s = s - lse[:, None]
     if MASKED:
-        p = tl.where(seen, p, 0.0)
+        s = tl.where(seen, s, -float("inf"))
+    p = tl.exp2(s)
     dp = tl.dot(grad, tl.trans(v), input_precision=PREC, out_dtype=tl.float32)
     return p, p * (dp - delta[:, None])
 
@@ -163,9 +159,7 @@ def own_forward(
         key = j + tl.arange(0, BN)
         keys = _tile(k_base, key, k_n, live, D, BD, False, UPCAST)
         values = _tile(v_base, key, v_n, live, E, BE, False, UPCAST)
-        top, total, acc = _attend(
-            rows, keys, values, live, top, total, acc, factor, False, PREC
-        )
+        top, total, acc = _attend(rows, keys, values, live, top, total, acc, factor, False, PREC)
     for j in range(middle, tl.minimum(r0 + BM, N), BN):
         key = j + tl.arange(0, BN)
         keys = _tile(k_base, key, k_n, key < N, D, BD, True, UPCAST)

@@ -1,9 +1,9 @@
 """MoBA on the GPU: rows are gathered by the block of keys they chose, and every block meets them.
 
 The choices are sorted once, by head and block, into lists: ``slots`` names every choice as
-``row * P + rank``, ``ends`` where each block's share begins. The forward pass multiplies dense tiles
-of gathered rows with a block and leaves (output, log-sum-exp) in the choice's slot; then each row
-goes through its own block, causally, and takes its slots into the same running softmax.
+``row * P + rank``, ``ends`` says where each block's share begins. The forward pass multiplies dense
+tiles of gathered rows with a block and leaves (output, log-sum-exp) in the choice's slot; then each
+row goes through its own block, causally, and takes its slots into the same running softmax.
 Backwards, whoever owns a piece of keys walks through the same lists with the rows' final
 log-sum-exp, and rows sum what is in their slots: no atomics, the same bits in every run.
 
@@ -37,14 +37,14 @@ class _Tables(NamedTuple):
         starts: First token of each block, (blocks,).
         stops: Token after its last one; blocks that do not exist are empty.
         begins: First token of each row's own block, (N,).
-        index: Number of a row's own block within its sequence, (N,).
+        numbers: Number of a row's own block within its sequence, (N,).
         base: Number of the first block of a row's sequence among all blocks, (N,).
     """
 
     starts: Tensor
     stops: Tensor
     begins: Tensor
-    index: Tensor
+    numbers: Tensor
     base: Tensor
 
 
@@ -64,12 +64,14 @@ def _blocks(tokens: int, block: int, cu_seqlens: Tensor | None) -> int:
 
 
 def _tables(tokens: int, block: int, cu_seqlens: Tensor | None, device: torch.device) -> _Tables:
+    """Tables of sequences packed one after the other, or of a single one."""
     blocks = _blocks(tokens, block, cu_seqlens)
     row = torch.arange(tokens, device=device)
     number = torch.arange(blocks, device=device)
     if cu_seqlens is None:
         begins, index, base = row // block * block, row // block, torch.zeros_like(row)
-        starts, limits = number * block, tokens
+        starts = number * block
+        limits = torch.full_like(starts, tokens)
     else:
         cu = cu_seqlens.long()
         until = ((cu.diff() + block - 1) // block).cumsum(0)  # blocks of this and earlier sequences
@@ -81,7 +83,7 @@ def _tables(tokens: int, block: int, cu_seqlens: Tensor | None, device: torch.de
         # Numbers beyond the last block belong to the sequence after the last: no tokens.
         starts = cu[sequence] + (number - before[sequence]) * block
         limits = torch.cat([cu[1:], cu[-1:]])[sequence]
-    stops = (starts + block).clamp(max=limits)
+    stops = torch.minimum(starts + block, limits)
     return _Tables(*(x.clamp(max=tokens).int() for x in (starts, stops, begins, index, base)))
 
 
@@ -94,7 +96,7 @@ def _lists(chosen: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
     """
     heads, choices = chosen.shape[0] * chosen.shape[1], chosen.shape[2] * chosen.shape[3]
     blocks = tables.starts.shape[0]
-    past = (chosen >= 0) & (chosen < tables.index[:, None])
+    past = (chosen >= 0) & (chosen < tables.numbers[:, None])
     key = torch.where(past, chosen + tables.base[:, None], blocks).view(heads, choices)
     count = heads * (blocks + 1)
     # The fewer bytes a key has, the fewer passes sorting takes.
@@ -129,8 +131,8 @@ def _tile(q: Tensor, v: Tensor, block: int, chosen: int, *, backward: bool = Fal
     if INTERPRET:
         return _Tile(32, min(32, block_d(block)), 4, 1)
     row = max(block_d(q.shape[-1]), block_d(v.shape[-1])) * q.element_size()
-    if row > 512:
-        size = _Tile(32, 32, 4, 1)
+    if q.dtype == torch.float32:  # exact products keep their operands in registers
+        size = _Tile(32, 32, 8, 1)
     elif row > 256:
         size = _Tile(64, 32, 4, 2) if not backward else _Tile(32, 32, 4, 2)
     elif backward or chosen * block < 512:  # few rows choose the same block: long tiles stay empty
@@ -203,7 +205,7 @@ def moba_fwd(
         tile = _tile(q, v, tokens, 1)
         tiles = triton.cdiv(tokens, tile.rows)
         _moba.own_forward[(tiles * batch * heads,)](
-            q, k, v, part, part_lse, chosen, tables.begins, tables.index, out, lse,
+            q, k, v, part, part_lse, chosen, tables.begins, tables.numbers, out, lse,
             *moves, factor, tokens, tiles, P=picks, **_options(q, k, v, tile),
         )  # fmt: skip
     return out, lse, slots, ends
@@ -283,7 +285,7 @@ def moba_bwd(
                 P=picks, BLOCK=block, **shared,
             )  # fmt: skip
         _moba.own_backward[(tiles * batch * heads,)](
-            grad, q, k, v, lse, delta, part, chosen, tables.begins, tables.index, dq,
+            grad, q, k, v, lse, delta, part, chosen, tables.begins, tables.numbers, dq,
             *moves, factor, scale, tokens, tiles, P=picks, **options,
         )  # fmt: skip
     return dq, dk, dv
@@ -373,6 +375,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block: int, cu: Tens
             f"chosen is {chosen.dtype} of shape {tuple(chosen.shape)}; allowed: int32 of shape "
             f"{(*q.shape[:3], 'P')}"
         )
+    for name, x in (("chosen", chosen), ("cu_seqlens", cu)):
+        if x is not None and x.device != q.device:
+            raise ZooError(f"{name} is on {x.device}; allowed: {q.device}, where q is")
     if q.shape[2] * chosen.shape[3] >= 2**31:
         raise ZooError(
             f"{chosen.shape[3]} choices of {q.shape[2]} tokens; allowed: less than 2^31 in all"
