@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.bench import kernel_report
+from zoo.bench.report import direction
 from zoo.errors import ZooError
 from zoo.runs.markdown import NONE, code, milliseconds, table
 
@@ -35,7 +36,7 @@ def tables(content: Mapping[str, Any]) -> str:
     lines = [
         f"{device['name']}, {setting['device']}, threads {setting['threads']}, PyTorch "
         f"{versions['torch']}, {setting['dtype']}; B = {setting['batch']}, dim {setting['dim']}, "
-        f"{setting['heads']} heads, {'causal' if setting['causal'] else 'bidirectional'}; {layer}. "
+        f"{setting['heads']} heads, {direction(setting)}; {layer}. "
         f"Cells: {'processor' if setting['device'] == 'cpu' else 'elapsed'} time in ms, in "
         f"brackets the speed against {code(setting['baseline'])} (median over at least "
         f"{setting['rounds']} interleaved rounds, above 1 is faster). Growth: exponent of the time "
