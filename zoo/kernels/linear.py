@@ -411,28 +411,35 @@ def _cut(q: Tensor, cu_seqlens: Tensor | None, programs: int) -> _Cut:
     return _Cut(sequences, count, whole, length, pieces, piece, bounds, firsts)
 
 
-def _widths(x: int, y: int) -> tuple[int, int, int, int]:
+def _how(q: Tensor, width: int) -> tuple[int, bool, str]:
+    """Tokens of a chunk, whether to upcast, and the precision of products."""
+    half = q.dtype == torch.float16
+    prec = "tf32" if half else precision(q)
+    exact = q.dtype == torch.float32 and prec == "ieee"
+    # Wide rows in chunks as long do not fit into shared memory; products in full float32 do not run
+    # on tensor cores, and long ones drown in registers.
+    chunk = CHUNK // 2 if width > 128 or exact else CHUNK
+    chunk = min(chunk, max(LEAST, triton.next_power_of_2(q.shape[2])))
+    return chunk, half or upcast(q), prec
+
+
+def _widths(q: Tensor, x: int, y: int) -> tuple[int, int, int, int]:
     """WIDTHS of a walk with states (x, y)."""
     block = block_d(x)
-    return x, y, block, min(block_d(y), max(LEAST, min(TILE, STATE // block)))
+    exact = q.dtype == torch.float32 and precision(q) == "ieee"
+    state = STATE // 2 if exact else STATE
+    return x, y, block, min(block_d(y), max(LEAST, min(TILE, state // block)))
 
 
 def _tiles(widths: tuple[int, ...]) -> int:
     return triton.cdiv(widths[1], widths[3])
 
 
-def _how(q: Tensor, width: int) -> tuple[int, bool, str]:
-    """Tokens of a chunk, whether to upcast, and the precision of products."""
-    half = q.dtype == torch.float16
-    # Wide rows in chunks as long would not fit into shared memory.
-    chunk = CHUNK // 2 if width > 128 else CHUNK
-    chunk = min(chunk, max(LEAST, triton.next_power_of_2(q.shape[2])))
-    return chunk, half or upcast(q), "tf32" if half else precision(q)
-
-
-def _options(q: Tensor, width: int) -> dict[str, int]:
-    """Warps and stages of a launch."""
-    return {"num_warps": 4 if width <= 128 else 8, "num_stages": 2 if q.element_size() == 2 else 1}
+def _options(q: Tensor, d: int, e: int) -> dict[str, int]:
+    """Warps and stages of a launch, by what fits into registers and shared memory."""
+    half = q.element_size() == 2
+    narrow = half and max(d, e) <= 64 and d % 8 == e % 8 == 0
+    return {"num_warps": 4 if narrow else 8, "num_stages": 2 if half else 1}
 
 
 def _given(x: Tensor) -> tuple[Any, ...]:
@@ -451,12 +458,12 @@ def _states(
 ) -> tuple[Tensor, Tensor]:
     """States that the pieces start from, (pieces, H, D, E), and those at the end."""
     d, e = b.shape[3], c.shape[3]
-    widths = _widths(d, e)
+    widths = _widths(b, d, e)
     states = b.new_empty(cut.count, heads, d, e, dtype=torch.float32)
     after = b.new_empty(cut.sequences, heads, d, e, dtype=torch.float32)
     _walk_kernel[(cut.count * heads * _tiles(widths),)](
         None, _given(b), _given(c), None, None, states, log_decay, cut.arguments, heads,
-        widths, heads // b.shape[1], reverse, _how(b, max(d, e)), **_options(b, max(d, e)),
+        widths, heads // b.shape[1], reverse, _how(b, max(d, e)), **_options(b, d, e),
     )  # fmt: skip
     block = 1024
     _scan_kernel[(cut.sequences * heads * triton.cdiv(d * e, block),)](
@@ -474,7 +481,7 @@ def _forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     heads, d, e = q.shape[1], q.shape[3], v.shape[3]
-    widths = _widths(d, e)
+    widths = _widths(q, d, e)
     out = q.new_empty(*q.shape[:3], e)
     cut = _cut(q, cu_seqlens, heads * _tiles(widths))
     before, end = initial_state, None
@@ -484,7 +491,7 @@ def _forward(
         before, after = _states(k, v, initial_state, log_decay, heads, cut, reverse=False)
     _walk_kernel[(cut.count * heads * _tiles(widths),)](
         _given(q), _given(k), _given(v), _given(out), before, end, log_decay, cut.arguments, heads,
-        widths, heads // k.shape[1], False, _how(q, max(d, e)), **_options(q, max(d, e)),
+        widths, heads // k.shape[1], False, _how(q, max(d, e)), **_options(q, d, e),
     )  # fmt: skip
     return out, after
 
@@ -501,7 +508,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads, groups, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     group = heads // groups
-    over_e, over_d = _widths(d, e), _widths(e, d)
+    over_e, over_d = _widths(q, d, e), _widths(q, e, d)
     units = _tiles(over_e) + (1 + group) * _tiles(over_d)
     cut = _cut(q, cu_seqlens, groups * units)
     past, future, end = initial_state, dstate, None
@@ -517,7 +524,7 @@ def _backward(
     _grad_kernel[(cut.count * groups * units,)](
         *(_given(x) for x in (q, k, v, do, dq, dk, dv)), past, future, end, log_decay,
         cut.arguments, groups, over_e, over_d, group, _how(q, max(d, e)),
-        **_options(q, max(d, e)),
+        **_options(q, d, e),
     )  # fmt: skip
     return dq, dk.to(q.dtype), dv.to(q.dtype), start
 
