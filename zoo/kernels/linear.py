@@ -64,14 +64,23 @@ INTERPRETED = 1
 
 
 @triton.jit
-def _load(x, first, stop, column, WIDTH: tl.constexpr, SHAPE: tl.constexpr, UPCAST: tl.constexpr):
-    """A tile of rows first .. stop, zeros beyond them and beyond WIDTH columns."""
+def _place(x, first, count, column, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+    """Addresses of a tile from row `first` and `column` on, and which of them exist.
+
+    The 64-bit part of an address is one number for the tile, which spares registers.
+    """
     base, stride = x
     row = tl.arange(0, SHAPE[0])
     columns = column + tl.arange(0, SHAPE[1])
-    keep = (row < stop - first)[:, None] & (columns < WIDTH)[None, :]
-    at = base + first * stride + row[:, None] * stride + columns[None, :]
-    tile = tl.load(at, mask=keep, other=0.0)
+    at = base + first * stride + (row[:, None] * stride + columns[None, :])
+    return at, (row < count)[:, None] & (columns < WIDTH)[None, :]
+
+
+@triton.jit
+def _load(x, first, count, column, WIDTH: tl.constexpr, SHAPE: tl.constexpr, UPCAST: tl.constexpr):
+    """A tile of `count` rows, zeros beyond them and beyond WIDTH columns."""
+    at, there = _place(x, first, count, column, WIDTH, SHAPE)
+    tile = tl.load(at, mask=there, other=0.0)
     if UPCAST:
         tile = tile.to(tl.float32)
     return tile
@@ -139,8 +148,8 @@ def _walk(
     PREC: tl.constexpr = HOW[2]
     row = tl.arange(0, CHUNK)
     if before is not None:
-        at, there = _tile_of(before, tile, X, Y, BX, BY)
-        state = tl.load(at, mask=there, other=0.0)
+        at, held = _tile_of(before, tile, X, Y, BX, BY)
+        state = tl.load(at, mask=held, other=0.0)
     else:
         state = tl.zeros((BX, BY), dtype=tl.float32)
     gap = row[:, None] - row[None, :]
@@ -154,16 +163,16 @@ def _walk(
             first = start + (chunks - 1 - i) * CHUNK
         else:
             first = start + i * CHUNK
-        b_tile = _load(b, first, stop, 0, X, (CHUNK, BX), UPCAST)
-        c_tile = _load(c, first, stop, tile * BY, Y, (CHUNK, BY), UPCAST)
+        count = tl.minimum(stop - first, CHUNK).to(tl.int32)
+        b_tile = _load(b, first, count, 0, X, (CHUNK, BX), UPCAST)
+        c_tile = _load(c, first, count, tile * BY, Y, (CHUNK, BY), UPCAST)
         if rate is not None:
-            count = tl.minimum(stop - first, CHUNK).to(tl.int32)
             # How far rows are from the state before the chunk, and from the one after it; rows
             # beyond the last token are zeros, whose weight only must not overflow.
             since = (row + 1).to(tl.float32)
             until = tl.maximum(count - 1 - row, 0).to(tl.float32)
         if a is not None:
-            a_tile = _load(a, first, stop, 0, X, (CHUNK, BX), UPCAST)
+            a_tile = _load(a, first, count, 0, X, (CHUNK, BX), UPCAST)
             y = tl.zeros((CHUNK, BY), dtype=tl.float32)
             y = _dot(a_tile, state.to(a_tile.dtype), y, PREC)
             scores = tl.zeros((CHUNK, CHUNK), dtype=tl.float32)
@@ -174,21 +183,18 @@ def _walk(
             else:
                 scores = tl.where(gap >= 0, scores, 0.0)
             y = _dot(scores.to(c_tile.dtype), c_tile, y, PREC)
-            base, stride = o
-            column = tile * BY + tl.arange(0, BY)
-            at = base + first * stride + row[:, None] * stride + column[None, :]
-            keep = (row < stop - first)[:, None] & (column < Y)[None, :]
+            at, there = _place(o, first, count, tile * BY, Y, (CHUNK, BY))
             if add is not None:
-                y += tl.load(at, mask=keep & add, other=0.0)
-            tl.store(at, y, mask=keep)
+                y += tl.load(at, mask=there & add, other=0.0)
+            tl.store(at, y, mask=there)
         if rate is not None:
             weight = tl.exp2((since if REVERSE else until) * rate)
             b_tile = (b_tile.to(tl.float32) * weight[:, None]).to(c_tile.dtype)
             state = state * tl.exp2(count.to(tl.float32) * rate)
         state = _dot(tl.trans(b_tile), c_tile, state, PREC)
     if after is not None:
-        at, there = _tile_of(after, tile, X, Y, BX, BY)
-        tl.store(at, state, mask=there)
+        at, held = _tile_of(after, tile, X, Y, BX, BY)
+        tl.store(at, state, mask=held)
 
 
 @triton.jit
@@ -207,7 +213,7 @@ def _walk_kernel(
     Y: tl.constexpr = WIDTHS[1]
     tiles: tl.constexpr = (Y + WIDTHS[3] - 1) // WIDTHS[3]
     pid = tl.program_id(0).to(tl.int64)
-    tile = pid % tiles
+    tile = (pid % tiles).to(tl.int32)
     h = pid // tiles % heads
     p = pid // tiles // heads
     sample, start, stop = _span(cut, p)
@@ -284,7 +290,7 @@ def _grad_kernel(
     # Programs of the same tokens and of the heads of a group are neighbours: they share reads.
     units: tl.constexpr = e_tiles + d_tiles + GROUP * d_tiles
     pid = tl.program_id(0).to(tl.int64)
-    unit = pid % units
+    unit = (pid % units).to(tl.int32)
     g = pid // units % groups
     p = pid // units // groups
     sample, start, stop = _span(cut, p)
@@ -415,7 +421,7 @@ def _how(q: Tensor, width: int) -> tuple[int, bool, str]:
     """Tokens of a chunk, whether to upcast, and the precision of products."""
     half = q.dtype == torch.float16
     prec = "tf32" if half else precision(q)
-    exact = q.dtype == torch.float32 and prec == "ieee"
+    exact = prec == "ieee" and q.dtype == torch.float32
     # Wide rows in chunks as long do not fit into shared memory; products in full float32 do not run
     # on tensor cores, and long ones drown in registers.
     chunk = CHUNK // 2 if width > 128 or exact else CHUNK
@@ -426,8 +432,7 @@ def _how(q: Tensor, width: int) -> tuple[int, bool, str]:
 def _widths(q: Tensor, x: int, y: int) -> tuple[int, int, int, int]:
     """WIDTHS of a walk with states (x, y)."""
     block = block_d(x)
-    exact = q.dtype == torch.float32 and precision(q) == "ieee"
-    state = STATE // 2 if exact else STATE
+    state = STATE if q.dtype == torch.bfloat16 else STATE // 2  # others are multiplied as float32
     return x, y, block, min(block_d(y), max(LEAST, min(TILE, state // block)))
 
 
@@ -657,17 +662,21 @@ _linear_fwd.register_autograd(_differentiate, setup_context=_save)
 _linear_bwd.register_autograd(_refuse_second)
 
 
-@register_flop_formula(torch.ops.zoo.linear_fwd)
-def _forward_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
+def _linear_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> int:
     """Products with states, and the half of each chunk that is seen."""
     tokens, d, e = q[0] * q[1] * q[2], q[3], v[3]
     return tokens * (CHUNK * (d + e) + 4 * d * e)
 
 
+@register_flop_formula(torch.ops.zoo.linear_fwd)
+def _forward_flops(*args: Any, **kwargs: Any) -> int:
+    return _linear_flops(*args[:3])
+
+
 @register_flop_formula(torch.ops.zoo.linear_bwd)
 def _backward_flops(grad: Any, state: Any, *args: Any, **kwargs: Any) -> int:
     """Five products in place of two, none of them counted twice."""
-    return _forward_flops(*args, **kwargs) * 5 // 2
+    return _linear_flops(*args[:3]) * 5 // 2
 
 
 def linear_attention(
