@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from tolerances import assert_close
@@ -372,6 +376,51 @@ def test_when_sequences_are_cut(monkeypatch, samples, length, programs, pieces):
     assert cut.pieces == pieces
     assert cut.count == samples * pieces
     assert (cut.pieces - 1) * cut.piece < length <= cut.pieces * cut.piece
+
+
+COMPILE = """
+from types import SimpleNamespace
+import torch, triton
+from triton.backends.compiler import GPUTarget
+triton.runtime.driver.set_active(SimpleNamespace(
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device=0: 0,
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+))
+from zoo.kernels import _linear_launch as launch
+for name in ("walk_kernel", "scan_kernel", "grad_kernel"):
+    kernel = getattr(launch, name)
+    def compiled(*args, grid, kernel=kernel, **kwargs):
+        kernel.warmup(*args, grid=grid, **kwargs)
+        print(kernel.__name__)
+    setattr(launch, name, type("", (), {
+        "__getitem__": lambda self, grid, f=compiled: lambda *a, **k: f(*a, grid=grid, **k)})())
+launch.SHORTEST = 16
+for fill, dtype, heads, packed, given in [
+    (1, torch.bfloat16, 2, False, True), (99, torch.bfloat16, 1, True, True),
+    (99, torch.float16, 2, False, False), (1, torch.float32, 1, True, False),
+]:
+    launch.fill = lambda device: fill
+    q, k = torch.zeros(1, heads, 40, 16, dtype=dtype), torch.zeros(1, 1, 40, 16, dtype=dtype)
+    cu = torch.tensor([0, 40]) if packed else None
+    state = torch.zeros(1, heads, 16, 16) if given else None
+    rate = torch.zeros(heads) if given else None
+    launch.forward(q, k, k, rate, state, cu)
+    launch.backward(q, state, q, k, k, rate, state, cu)
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the other tests compile the kernels")
+def test_kernels_compile_for_a_card(tmp_path):
+    """The interpreter forgives what the compiler does not, such as a variable of two types."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET")
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    names = run.stdout.split()
+    assert [names.count(f"{x}_kernel") for x in ("walk", "scan", "grad")] == [10, 6, 4]
 
 
 Q = torch.zeros(1, 4, 6, 16)

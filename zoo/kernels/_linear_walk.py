@@ -109,8 +109,8 @@ def _walk(
     PREC: tl.constexpr = HOW[2]
     row = tl.arange(0, CHUNK)
     if before is not None:
-        at, held = _tile_of(before, tile, X, Y, BX, BY)
-        state = tl.load(at, mask=held, other=0.0)
+        slot, held = _tile_of(before, tile, X, Y, BX, BY)
+        state = tl.load(slot, mask=held, other=0.0)
     else:
         state = tl.zeros((BX, BY), dtype=tl.float32)
     gap = row[:, None] - row[None, :]
@@ -151,8 +151,8 @@ def _walk(
             state = state * tl.exp2(count.to(tl.float32) * rate)
         state = _dot(tl.trans(b_tile), c_tile, state, PREC)
     if after is not None:
-        at, held = _tile_of(after, tile, X, Y, BX, BY)
-        tl.store(at, state, mask=held)
+        slot, held = _tile_of(after, tile, X, Y, BX, BY)
+        tl.store(slot, state, mask=held)
 
 
 @triton.jit
