@@ -254,8 +254,10 @@ def test_no_samples_or_heads(sizes):
     assert linear_attention(q, k, v, cu_seqlens=empty)[1].shape == (0, 1, 16, 16)
 
 
-@pytest.mark.parametrize("wanted", range(4))
-@pytest.mark.parametrize("source", ["output", "state"])
+@pytest.mark.parametrize(
+    ("wanted", "source"),
+    [*((i, "output") for i in range(4)), *((i, "state") for i in range(1, 4))],
+)
 def test_one_gradient(wanted, source):
     """Of one input only, through one of the outputs only."""
     given = problem(1, 1, 1, 20, 16, 16)
@@ -266,10 +268,6 @@ def test_one_gradient(wanted, source):
         x = inputs[wanted].requires_grad_()
         q, k, v, state = inputs
         found = function(q, k, v, rate, state)[source == "state"]
-        if not found.requires_grad or (source == "state" and wanted == 0):
-            # The state depends on everything but q.
-            results.append(torch.zeros_like(x))
-            continue
         results.append(torch.autograd.grad(found.sum(), x)[0])
     assert_close(*results, gradient=True, backend="triton")
 
