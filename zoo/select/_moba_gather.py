@@ -47,7 +47,7 @@ class _Lists:
         counts = torch.bincount(flat + 1, minlength=blocks + 1).tolist()
         lacking = counts[0]  # choices of -1 stand first
         entry = torch.arange(1 - lacking, order.numel() + 1 - lacking, device=flat.device)
-        place = torch.zeros_like(order).index_copy_(0, order, entry.clamp_(min=0))
+        place = torch.zeros_like(order).scatter_(0, order, entry.clamp_(min=0))
         spans, first = [], 0
         for block, count in enumerate(counts[1:]):
             if count:
@@ -84,10 +84,10 @@ def _forward(
     """Output (N, E) and log-sum-exp (N,) of a head."""
     length = q.shape[0]
     out, lse = q.new_empty(length, v.shape[1]), q.new_empty(length)
-    for part, shape in _own(length, block):
-        o, logs = flash(*(_batch(x, part, shape) for x in (q, k, v)), scale=scale, causal=True)
-        out[part].unflatten(0, shape).copy_(o[:, 0])
-        lse[part] = logs.flatten()
+    for own, shape in _own(length, block):
+        o, logs = flash(*(_batch(x, own, shape) for x in (q, k, v)), scale=scale, causal=True)
+        out[own].unflatten(0, shape).copy_(o[:, 0])
+        lse[own] = logs.flatten()
     lists = _Lists.of(chosen, -(-length // block))
     if not lists.spans:
         return out, lse
@@ -100,11 +100,13 @@ def _forward(
         o, s = flash(*some, scale=scale)
         rows[1 + first : 1 + last] = o[0, 0]
         logs[1 + first : 1 + last] = s[0, 0]
-    parts = logs[lists.place]  # (N, P)
-    total = torch.logsumexp(torch.cat([lse[:, None], parts], 1), 1, keepdim=True)
-    out.mul_((lse[:, None] - total).exp_())
-    out += lists.sum(rows, parts.sub_(total).exp_())
-    return out, total[:, 0]
+    parts = logs.take(lists.place)  # (N, P)
+    total = lse
+    for part in parts.unbind(1):
+        total = torch.logaddexp(total, part)
+    out.mul_(lse.sub_(total).exp_()[:, None])
+    out += lists.sum(rows, parts.sub_(total[:, None]).exp_())
+    return out, total
 
 
 def _backward(
@@ -116,11 +118,12 @@ def _backward(
     lse: Tensor,
     chosen: Tensor,
     found: tuple[Tensor, Tensor, Tensor],
+    first_head: bool,
     block: int,
     scale: float,
     work: list[Tensor],
 ) -> None:
-    """Put the gradient of q of a head into `found`, and add those of its k and v."""
+    """Put the gradients of a head into `found`: added to k's and v's, but for the first head."""
     length = q.shape[0]
     dq, dk, dv = found
     for part, shape in _own(length, block):
@@ -128,8 +131,9 @@ def _backward(
         logs = lse[part].view(shape[0], 1, shape[1])
         pieces = flash_backward(g, q_own, k_own, v_own, o, logs, scale=scale, causal=True)
         dq[part].unflatten(0, shape).copy_(pieces[0][:, 0])
-        dk[part].unflatten(0, shape).add_(pieces[1][:, 0])
-        dv[part].unflatten(0, shape).add_(pieces[2][:, 0])
+        for into, piece in ((dk, pieces[1][:, 0]), (dv, pieces[2][:, 0])):
+            rows = into[part].unflatten(0, shape)
+            _ = rows.copy_(piece) if first_head else rows.add_(piece)
     lists = _Lists.of(chosen, -(-length // block))
     if not lists.spans:
         return
@@ -176,8 +180,10 @@ class Gather(torch.autograd.Function):
         work += [q.new_empty(most + 1, v.shape[3]), q.new_empty(most + 1)]
         with full_precision(q):
             for head, keys, part in _heads(q, k, bounds):
-                some = (q[head][part], k[keys][part], v[keys][part], chosen[head][part])
-                o, s = _forward(*some, block, scale, work)
+                mine = (q[head], k[keys], v[keys], chosen[head])
+                # Rows of a head lie far apart where those of all heads lie side by side.
+                q_h, k_h, v_h, picks = (x[part].contiguous() for x in mine)
+                o, s = _forward(q_h, k_h, v_h, picks, block, scale, work)
                 out[head][part], lse[head][part] = o, s
         return out, lse
 
@@ -202,18 +208,18 @@ class Gather(torch.autograd.Function):
             back = (next(each) if needed else None for needed in ctx.needs_input_grad[:3])
             return (*back, *nothing)
         grad = grads[0].to(out.dtype)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         most = _longest(ctx.bounds) * chosen.shape[3]
         widths = (v.shape[3], q.shape[3], v.shape[3])
         work = [q.new_empty(most, width) for width in widths]
         work.append(q.new_empty(most + 1, q.shape[3]))
         with full_precision(q):
             for head, keys, part in _heads(q, k, ctx.bounds):
-                g, q_head, o, s, picks = (x[head][part] for x in (grad, q, out, lse, chosen))
-                k_head, v_head = k[keys][part], v[keys][part]
+                mine = (grad[head], q[head], k[keys], v[keys], out[head], lse[head], chosen[head])
+                g, q_h, k_h, v_h, o, s, picks = (x[part].contiguous() for x in mine)
                 into = dq[head][part], dk[keys][part], dv[keys][part]
-                mine = (g, q_head, k_head, v_head, o, s, picks, into)
-                _backward(*mine, ctx.block, ctx.scale, work)
+                first = head[1] % (q.shape[1] // k.shape[1]) == 0
+                _backward(g, q_h, k_h, v_h, o, s, picks, into, first, ctx.block, ctx.scale, work)
         return (dq, dk, dv, *nothing)
 
 
