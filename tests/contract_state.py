@@ -145,8 +145,6 @@ def check_parameters(build: Build) -> None:
         count = sum(p.numel() for p in counted.parameters())
         assert count == due, f"{count} parameters, {part.entry.parameters!r} gives {due} ({facts})"
         trained = part.entry.taxonomy.trainable_params
-        if _options(part):  # an option may bring parameters that the part has not by default
-            count = expected_parameters(part.entry, known, layout)
         assert trained == (count > 0), f"taxonomy trainable_params={trained}, but {count} exist"
 
 

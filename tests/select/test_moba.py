@@ -8,7 +8,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from contract_subject import draw, settle
+from contract import CONTRACTS
+from contract_subject import Build, draw, settle
 from tolerances import assert_close
 from torch.func import functional_call, grad, vmap
 
@@ -21,7 +22,7 @@ from zoo.select.moba import MoBA, choose_blocks, moba_attention, moba_attention_
 # Decoding equals the parallel form in this mode, as promised; the other one has its own test.
 CONTRACT_OPTIONS = [
     {"block": 4, "topk": 2, "decode_mode": "moba"},
-    {"block": 3, "topk": 3, "decode_mode": "moba", "key_conv": 3},
+    {"block": 3, "topk": 3, "decode_mode": "moba"},
     {"block": 2, "topk": 1, "decode_mode": "moba"},
 ]
 ROUTES = ("engine", "dense", "sdpa_strips", "moba_gather", "reference")
@@ -418,6 +419,32 @@ def test_the_convolution_goes_before_rotation_and_the_gate():
     q, k = attn.position.rotate(q, k, torch.arange(19), torch.arange(19))
     assert_close(call.k, k, "keys")
     assert torch.equal(call.prepared["select"]["chosen"], choose_blocks(q, k, 4, 2))
+
+
+@pytest.mark.parametrize(
+    "contract",
+    [
+        *("shape", "gradients", "batch", "gradcheck", "half", "large", "compile", "state_dict"),
+        *("copy", "device", "seed", "causal", "positions", "decode", "cache", "bias", "weights"),
+        "memory",
+    ],
+)
+def test_contracts_with_the_convolution(contract):
+    """All but those on masks that hide earlier keys, which it refuses."""
+    spec = "moba(block=3, topk=3, decode_mode=moba, key_conv=3)"
+    CONTRACTS[contract].check(Build(spec))
+
+
+def test_the_convolution_takes_right_padding_only():
+    attn, x = build(key_conv=3), draw(2, 23, 16)
+    y = attn(x, mask=zoo.padding_mask(torch.tensor([23, 14])))
+    assert_close(y[1:, :14], attn(x[1:, :14]), "shorter sample")
+    front = torch.ones(2, 1, 1, 23, dtype=torch.bool)
+    front[1, ..., 0] = False
+    for mask in (front, torch.ones(23, 23, dtype=torch.bool).tril(5)):
+        with pytest.raises(zoo.ZooError, match=r"mask.*key_conv=3"):
+            attn(x, mask=mask)
+    assert sum(p.numel() for p in attn.select.parameters()) == 3 * 4 * 4
 
 
 def test_the_convolution_starts_as_torch_starts_its_own():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
+from zoo.kernels import refuse
 from zoo.parts import check_cu_seqlens, repeat_heads
 from zoo.select._moba_gate import gate, lay_blocks, visible
 from zoo.select._moba_gather import Gather

@@ -30,7 +30,8 @@ What is left open, or differs:
 - `key_conv` is FlashMoBA's (Xiao et al. 2025, "Optimizing Mixture of Block Attention"): a depthwise
   causal convolution over keys, k'_t = k_t + SiLU(sum_{l < key_conv} w_l * k_{t-l}), for gate and
   attention alike. Their repository holds no such code; here it comes before rotation, and w starts
-  as convolutions do, uniform within 1 / sqrt(key_conv).
+  as convolutions do, uniform within 1 / sqrt(key_conv). A hidden key would reach its successors
+  through it, so that the only masks taken beside it are those that hide the last keys for all rows.
 """
 
 from __future__ import annotations
@@ -242,6 +243,7 @@ class MoBA(Select):
 
     def prepare(self, call: Call) -> Mapping[str, Any]:
         """Choose blocks for the whole pass, unless all of them are visible."""
+        self._check_mask(call)
         step = call.cache is not None and call.q_start > 0
         full = self.mode == "full" or (step and self.decode_mode == "full")
         if full or call.k.shape[2] <= self.block * self.topk:
@@ -252,6 +254,20 @@ class MoBA(Select):
         k, picks = call.k.detach(), self.topk - 1
         chosen = gate(call.q.detach(), k, blocks, picks, mask=call.mask, means=means)
         return {"chosen": chosen, "blocks": blocks}
+
+    def _check_mask(self, call: Call) -> None:
+        """Refuse masks whose hidden keys the convolution would carry to visible ones."""
+        mask = call.mask
+        if self.key_weight is None or mask is None:
+            return
+        right = mask.shape[1] == mask.shape[2] == 1
+        if right and not torch.compiler.is_compiling():  # else their values are not known
+            right = not bool((mask[..., 1:] & ~mask[..., :-1]).any())
+        if not right:
+            raise ZooError(
+                f"mask of shape {tuple(mask.shape)}: key_conv={self.key_conv} mixes each key with "
+                "those before it; allowed: masks (B, 1, 1, M) that hide keys at the end only"
+            )
 
     def _means(self, call: Call, blocks: Blocks) -> Tensor | None:
         """Mean keys of the finished blocks, those known from the cache; None without a cache."""
