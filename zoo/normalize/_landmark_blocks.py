@@ -4,7 +4,7 @@ Keys are packed by blocks, ordinary ones and landmarks apart, so that the first 
 own block and the landmarks, is known before any past block is looked at. What is left of a past
 block b is then one factor for each row,
 
-    w_ij = e_ij f_ib,   e_ij = 2^(s_ij - max),   f_ib = p_ib / sum_j e_ij      j ordinary, in block b
+    w_ij = e_ij f_ib,  e_ij = 2^(s_ij - max),  f_ib = p_ib / sum_j e_ij     j ordinary, in block b
 
 and its gradient, with A_ij = do_i . v_j and C_ib = sum_j w_ij A_ij,
 
@@ -18,7 +18,7 @@ plain attention; saved are q, k, v, o and one number per row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from zoo import engine
+from zoo.normalize._landmark_weights import landmark_attention_reference
 from zoo.parts import full_precision
 
 LOG2_E = math.log2(math.e)
@@ -33,8 +34,6 @@ LOG2_E = math.log2(math.e)
 # core's own cache. Strips have about so many rows, in whole blocks where these are short.
 SHARE = 8
 ROWS = 64
-
-Reference = Callable[..., Tensor]
 
 
 @dataclass
@@ -198,7 +197,7 @@ def _backward(
     tiny = torch.finfo(grad.dtype).tiny
     delta = (grad * out).sum(-1)
     dq = torch.zeros_like(blocks.q)
-    dk, dv, dlandmarks = torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(blocks.landmarks)
+    dk, dv, dmarks = (torch.zeros_like(x) for x in (k, v, blocks.landmarks))
     for strip in blocks.strips():
         heads, rows, own = strip.heads, strip.rows, strip.own
         g, logs, d = grad[heads, rows], lse[heads, None, rows], delta[heads, None, rows]
@@ -226,12 +225,12 @@ def _backward(
             dk[heads, keys].baddbmm_(ds_flat, strip.q)
             dq_rows.baddbmm_(ds_flat.mT, k[heads, keys])
         gain.addcmul_(share, d, value=-1)
-        dlandmarks[heads, : strip.groups].baddbmm_(gain, strip.q)
+        dmarks[heads, : strip.groups].baddbmm_(gain, strip.q)
         dq_rows.baddbmm_(gain.mT, blocks.landmarks[heads, : strip.groups])
     nothing = dv.new_zeros(dv.shape[0], blocks.landmarks.shape[1], dv.shape[2])
     return (
         dq.mul_(scale),
-        blocks.unpack(dk, dlandmarks).mul_(scale),
+        blocks.unpack(dk, dmarks).mul_(scale),
         blocks.unpack(dv, nothing),
     )
 
@@ -240,19 +239,17 @@ class BlockAttention(torch.autograd.Function):
     """Landmark attention of (B, H, N, D) with its own backward; nothing of size N x M is kept."""
 
     @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, block: int, scale: float, reference: Reference
-    ) -> tuple[Tensor, Tensor]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, block: int, scale: float) -> tuple[Tensor, Tensor]:
         """Outputs (B, H, N, E) and the logarithms of the rows' sums."""
         with full_precision(q):
-            flat = [_flatten(x) for x in (q, k, v)]
-            out, lse = _forward(_Blocks(*flat, block, scale, buffers=1))
+            blocks = _Blocks(_flatten(q), _flatten(k), _flatten(v), block, scale, buffers=1)
+            out, lse = _forward(blocks)
         return out.view(*q.shape[:3], v.shape[3]).to(v.dtype), lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keep inputs, outputs and a number per row."""
-        q, k, v, ctx.block, ctx.scale, ctx.reference = inputs
+        q, k, v, ctx.block, ctx.scale = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -264,16 +261,16 @@ class BlockAttention(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: someone wants a second derivative
             inputs = zip((q, k, v), ctx.needs_input_grad[:3], strict=True)
             wanted = [x for x, needed in inputs if needed]
-            wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)]
-            y = ctx.reference(*wide, ctx.block, ctx.scale).to(v.dtype)
+            wq, wk, wv = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+            y = landmark_attention_reference(wq, wk, wv, ctx.block, ctx.scale).to(v.dtype)
             each = iter(torch.autograd.grad(y, wanted, grads[0], create_graph=True))
             return tuple(next(each) if needed else None for needed in ctx.needs_input_grad)
         with full_precision(q):
-            flat = [_flatten(x) for x in (q, k, v, out, grads[0])]
-            blocks = _Blocks(*flat[:3], ctx.block, ctx.scale, buffers=2)
-            found = _backward(blocks, flat[3], lse, flat[4], ctx.scale)
+            flat = _flatten(q), _flatten(k), _flatten(v)
+            blocks = _Blocks(*flat, ctx.block, ctx.scale, buffers=2)
+            found = _backward(blocks, _flatten(out), lse, _flatten(grads[0]), ctx.scale)
         back = (d.view(x.shape).to(x.dtype) for d, x in zip(found, (q, k, v), strict=True))
-        return (*back, None, None, None)
+        return (*back, None, None)
 
 
 def _flatten(x: Tensor) -> Tensor:
