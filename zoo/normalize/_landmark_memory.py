@@ -9,8 +9,10 @@ current one is seen only if it is chosen.
 Positions are stingy, so that none is beyond those of training: k + 1 slots of L + 1 positions come
 before the unfinished block. To be scored, the landmarks of the latest k blocks stand in slots 1 to
 k and all older ones in slot 0. Of the chosen blocks the j-th (from 0) then stands in slot j, or in
-j + 1 if it is among the latest k. With no more than k + 1 finished blocks there are as many slots,
-and every block stands where it was.
+j + 1 if it is among the latest k. The unfinished block begins at slot k + 1, or, while there are
+fewer finished blocks, right behind as many slots. With fewer than k all of them stand where they
+were. With k the official code (which cannot do with fewer) already shifts each by a slot, the last
+one onto the unfinished block; we follow it.
 
 A block that the first token of a chunk finishes counts as finished for the others.
 """
@@ -194,9 +196,12 @@ class Memory:
         assert marks is not None
         blocks = marks.shape[1]
         order = torch.arange(blocks, device=q.device)
-        # Slot 0 for all but the latest k, or where a block was if no more than k + 1 are held.
-        slots = (order - max(0, blocks - 1 - self.top)).clamp_min(0)
-        keys = self._rotate_keys(marks.transpose(1, 2), slots * self.span + self.block)
+        late = order >= blocks - self.top if blocks >= self.top else order < 0
+        slots = (order - (blocks - self.top) + 1).clamp_min(0) if blocks >= self.top else order
+        # Laid out anew: landmarks that are alike, and in the first layer all are, have to tie, and
+        # not be told apart by the rounding of a product with strided keys.
+        keys = marks.transpose(1, 2).contiguous()
+        keys = self._rotate_keys(keys, slots * self.span + self.block)
         shares = (grouped_matmul(q, keys.transpose(-1, -2)) * self.scale).float().softmax(-1)
         if self.part.selection == "max_heads":
             shares = shares.amax(1, keepdim=True)
@@ -204,8 +209,7 @@ class Memory:
             shares = shares.amax(2, keepdim=True)
         best = shares.topk(min(self.top, blocks), -1).indices.sort(-1).values
         best = best.expand(-1, q.shape[1], -1, -1)
-        late = best >= blocks - self.top if blocks > self.top else torch.zeros_like(best).bool()
-        return _Found(best, late)
+        return _Found(best, late[best])
 
     def _fetch(self, index: Tensor, late: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """Keys in their slots and values of chosen blocks, (B, H, R or 1, k (L + 1), D).
