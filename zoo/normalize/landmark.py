@@ -196,7 +196,12 @@ def _refuse_blocks(host: Attention, call: Call) -> str | None:
 
 
 def _run_blocks(host: Attention, call: Call) -> Tensor:
-    return _attend_blocks(call.q, call.k, call.v, _part(host).block, call.scale)
+    block, bounds = _part(host).block, call.cu_seqlens
+    if bounds is None:
+        return _attend_blocks(call.q, call.k, call.v, block, call.scale)
+    cut = [x.split(bounds.diff().tolist(), 2) for x in (call.q, call.k, call.v)]
+    outs = [_attend_blocks(q, k, v, block, call.scale) for q, k, v in zip(*cut, strict=True)]
+    return torch.cat(outs, 2)
 
 
 def _run_reference(host: Attention, call: Call) -> Tensor:
@@ -370,7 +375,7 @@ class Landmark(Normalize):
         """Triton, blocks with their own backward, and the dense form where it is asked for."""
         return (
             Route("landmark_triton", _refuse_triton, _run_triton, packed=True),
-            Route("landmark_blocks", _refuse_blocks, _run_blocks),
+            Route("landmark_blocks", _refuse_blocks, _run_blocks, packed=True),
             Route("reference", _refuse_parts, _run_reference, auto=False),
         )
 
