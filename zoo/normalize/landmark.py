@@ -118,7 +118,9 @@ def landmark_attention(
         raise ZooError(f"backend='triton' of landmark_attention: {reason}")
     reason = _refuse_transforms()
     if reason:
-        raise ZooError(f"backend={backend!r} of landmark_attention: {reason}")
+        raise ZooError(
+            f"backend={backend!r} of landmark_attention: {reason}; use backend='reference'"
+        )
     return _attend_blocks(q, k, v, block, scale)
 
 
@@ -131,7 +133,7 @@ def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, block: int, scale: float) ->
 
 def _refuse_transforms() -> str | None:
     if torch.compiler.is_compiling():
-        return "its own backward is not for compilers, which take the engine whole"
+        return "its own backward is not for compilers"
     if torch._C._are_functorch_transforms_active():
         return "torch.func cannot look into its own backward"
     return None
