@@ -419,7 +419,7 @@ class Attention(nn.Module):
             part.aux_losses.clear()
         length = x.shape[1]
         start = cache.length if cache is not None else 0
-        documents = None
+        documents, given = None, positions is not None
         if cu_seqlens is not None:
             index = torch.arange(length, device=x.device)
             documents = torch.bucketize(index, cu_seqlens[1:], right=True)
@@ -429,6 +429,9 @@ class Attention(nn.Module):
             positions = torch.arange(start, start + length, device=x.device)
         else:
             _check_positions(positions, "positions", len(x), length)
+        for part in [] if given else self.socket_parts():
+            if type(part).place is not Part.place:
+                positions = part.place(positions, len(x), cache is None and cu_seqlens is None)
         position = self.position
         cached = cache.get("cross_k") if cache is not None and context is not None else None
         if position.embeds:

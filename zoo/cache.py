@@ -22,6 +22,7 @@ class _Entry:
     dim: int
     batched: bool
     owned: bool = False  # the buffer is ours to write into, not a caller's tensor
+    offload: bool = False  # held in main memory
 
     def view(self) -> Tensor:
         return self.buffer.narrow(self.dim, 0, self.size)
@@ -47,6 +48,7 @@ class LayerCache:
         dim: int = -2,
         keep: int | None = None,
         batched: bool = True,
+        offload: bool = False,
     ) -> Tensor:
         """Append along `dim` and return everything held, including what is dropped afterwards.
 
@@ -56,11 +58,14 @@ class LayerCache:
             dim: The token axis.
             keep: Hold at most this many of the latest tokens for the next call; None holds all.
             batched: Axis 0 is the batch (so that `select` applies to it).
+            offload: Hold the entry in main memory; what is returned lies there too.
 
         Raises:
             ZooError: The new tokens do not fit those held in another axis than `dim`.
         """
         dim %= new.ndim
+        if offload:
+            new = new.cpu()
         old = self._entries.get(name)
         if old is not None:
             held, got = list(old.buffer.shape), list(new.shape)
@@ -74,7 +79,7 @@ class LayerCache:
         full = new if old is None else torch.cat([old.view(), new], dim)
         size = full.shape[dim] if keep is None else min(keep, full.shape[dim])
         kept = full.narrow(dim, full.shape[dim] - size, size)
-        self._entries[name] = _Entry(kept, size, dim, batched)
+        self._entries[name] = _Entry(kept, size, dim, batched, offload=offload)
         return full
 
     @staticmethod
@@ -135,14 +140,22 @@ class LayerCache:
         """Reorder or repeat the batch, e.g. for beams: (B',) int64 indices into the batch."""
         for entry in self._entries.values():
             if entry.batched:
-                entry.buffer, entry.owned = entry.buffer.index_select(0, index), True
+                at = index.to(entry.buffer.device)
+                entry.buffer, entry.owned = entry.buffer.index_select(0, at), True
         self._states = {n: s.index_select(0, index) for n, s in self._states.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes held, spare room not counted."""
-        held = [e.view() for e in self._entries.values()] + list(self._states.values())
-        return sum(t.numel() * t.element_size() for t in held)
+        return self.device_nbytes + sum(
+            e.view().nbytes for e in self._entries.values() if e.offload
+        )
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes held where the layer computes, without what is offloaded to main memory."""
+        held = [e.view() for e in self._entries.values() if not e.offload]
+        return sum(t.numel() * t.element_size() for t in [*held, *self._states.values()])
 
 
 class Cache:
@@ -180,3 +193,8 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes held by all layers."""
         return sum(layer.nbytes for layer in self._layers.values())
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes held by all layers where they compute, without what is offloaded."""
+        return sum(layer.device_nbytes for layer in self._layers.values())

@@ -119,7 +119,7 @@ def _weights(parts: Parts, strip: Strip) -> Tensor:
     bias = _cut(strip.call.bias, strip)
     if bias is not None:
         scores = scores + bias
-    weights = parts.normalize(scores, strip.mask)
+    weights = parts.normalize.weigh(strip, scores)
     if strip.mask is not None:
         mask = strip.mask
         if mask.shape[1] not in (1, weights.shape[1]):  # a normalizer may join heads
@@ -196,7 +196,7 @@ def run(parts: Parts, call: Call, *, fused: bool = False, whole: bool = False) -
         return run_strip(parts, pieces[0], fused)
     if torch.is_grad_enabled():
         # The random numbers of dropout have to come again when a strip is recomputed.
-        rng = call.dropout > 0
+        rng = call.dropout > 0 or parts.normalize.random
         outs = [
             checkpoint(run_strip, parts, strip, fused, use_reentrant=False, preserve_rng_state=rng)
             for strip in pieces

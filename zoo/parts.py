@@ -245,6 +245,10 @@ class Part(nn.Module):
     traits: ClassVar[Traits] = Traits()
     # True where reset_parameters must run again after a model has applied its own initialisation.
     special_init: ClassVar[bool] = False
+    # Ordinary tokens after each of which a model is to put one with an embedding of its own.
+    insert_every: int | None = None
+    # Ordinary tokens that a model outside training feeds itself at a time, with a cache.
+    feed_every: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,6 +260,21 @@ class Part(nn.Module):
     def prepare(self, call: Call) -> Mapping[str, Any]:
         """Compute, once per pass and differentiably, what all strips share."""
         return {}
+
+    def place(self, positions: Tensor, samples: int, whole: bool) -> Tensor:
+        """Change the positions that a pass gets where none are given.
+
+        A model asks the part that inserts tokens, once for all layers.
+
+        Args:
+            positions: Those of the tokens, (N,) int64.
+            samples: Batch size B.
+            whole: Tokens are whole sequences: none in a cache, none packed.
+
+        Returns:
+            (N,) or (B, N) int64.
+        """
+        return positions
 
     def attach(self, host: Attention) -> None:
         """Look at the other parts of `host`, once all of them are built."""
@@ -390,6 +409,8 @@ class Normalize(Part):
     kind = "normalize"
     # With a cache, `recall` does all of the work and keeps the memory itself.
     recalls: bool = False
+    # The weights depend on chance, so that a strip computed again needs the same random numbers.
+    random: bool = False
 
     def change_layout(self, layout: Layout) -> Layout:
         """Head layout that this normalizer wants, given the plain one."""
@@ -401,6 +422,13 @@ class Normalize(Part):
         Rows that may see nothing are set to zero by the engine: they must only be free of NaN.
         """
         raise ZooError(f"{type(self).__name__} does not define forward")
+
+    def weigh(self, strip: Strip, scores: Tensor) -> Tensor:
+        """Weights of a strip, for parts that go by where its rows and keys stand.
+
+        Others define `forward`, which is all that this calls.
+        """
+        return self(scores, strip.mask)
 
     def share_keys(self, k: Tensor) -> Tensor:
         """Lay out the key heads (B, k_heads, M, qk_dim) before anything reads them.

@@ -260,3 +260,152 @@ def test_models_are_made_by_name_and_bad_names_are_refused():
         models.create("decoder_lm", vocab_size=5, dpth=3)
     with pytest.raises(zoo.ZooError, match="vocab_size"):
         models.create("decoder_lm")
+
+
+LONG = torch.randint(0, 11, (2, 17), generator=torch.Generator().manual_seed(2))
+
+
+def landmarks(options="block=4", position="rope", **others):
+    return build(attention=f"landmark({options})", position=position, depth=2, **others)
+
+
+def test_inserted_tokens_take_part_but_are_not_seen_outside():
+    model = landmarks()
+    assert model.inserted.every == 4
+    assert model.feed_every is None
+    logits = model(LONG)
+    assert logits.shape == (2, 17, 11)
+    with model.blocks[0].attn.capture() as passes:
+        model(LONG)
+    assert passes[0].x.shape == (2, 17 + 4, 32)
+    model.zero_grad()
+    logits.square().sum().backward()
+    assert float(model.inserted.embedding.weight.grad.abs().max()) > 0
+    plain = build(position="rope")
+    extra = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert extra == 32
+    assert plain.inserted is None
+
+
+def test_inserted_tokens_come_with_the_next_ordinary_one():
+    """By hand: embed, put the landmark after every fourth, run the blocks, drop it again."""
+    model = landmarks(conv=3).eval()
+    rows = []
+    for i, x in enumerate(model.embedding(LONG).unbind(1)):
+        if i and i % 4 == 0:
+            rows.append(model.inserted.embedding.weight.expand(2, -1))
+        rows.append(x)
+    x = torch.stack(rows, 1)
+    for block in model.blocks:
+        x = block(x)
+    kept = [i for i in range(21) if i % 5 != 4]
+    expected = model.head(model.norm(x[:, kept]))
+    torch.testing.assert_close(model(LONG), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_inserted_tokens_keep_causality():
+    model = landmarks()
+    changed = LONG.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 11
+    a, b = model(LONG), model(changed)
+    torch.testing.assert_close(a[:, :9], b[:, :9], rtol=0, atol=0)
+    assert (a[:, 9:] != b[:, 9:]).any(-1).all()
+    for length in (0, 1, 4, 5):
+        short = model(LONG[:, :length])
+        torch.testing.assert_close(short, a[:, :length], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["rope", "learned", "sinusoidal"])
+@pytest.mark.parametrize("conv", [0, 3])
+def test_decoding_with_inserted_tokens_equals_the_parallel_form(conv, position):
+    model = landmarks(conv=conv, position=position, max_len=17).eval()
+    whole = model(LONG)
+    for pieces in ([1] * 17, [4, 4, 1, 8], [3, 2, 7, 5]):
+        cache = zoo.Cache()
+        with torch.no_grad():
+            steps = [model(piece, cache=cache) for piece in LONG.split(pieces, 1)]
+        torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-5, atol=1e-5)
+        assert cache.length == 21
+
+
+def test_generation_with_inserted_tokens():
+    model = landmarks().eval()
+    found = model.generate(LONG, 7, temperature=0)
+    assert found.shape == (2, 24)
+    tokens = LONG
+    for _ in range(7):
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, tokens)
+    full = torch.tensor([17, 17])
+    assert torch.equal(model.generate(LONG, 7, temperature=0, lengths=full), tokens)
+    with pytest.raises(zoo.ZooError, match=r"lengths=\[17, 9\].*left"):
+        model.generate(LONG, 2, lengths=torch.tensor([17, 9]))
+
+
+def test_padding_behind_inserted_tokens():
+    model = landmarks(conv=3).eval()
+    mask = zoo.padding_mask(torch.tensor([17, 9]))
+    logits = model(LONG, mask=mask)
+    torch.testing.assert_close(logits[:1], model(LONG[:1]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits[1:, :9], model(LONG[1:, :9]), rtol=1e-5, atol=1e-5)
+    cache = zoo.Cache()
+    with torch.no_grad():
+        parts = [model(LONG[:, :8], mask=mask[..., :8], cache=cache)]
+        parts.append(model(LONG[:, 8:], mask=mask, cache=cache))
+    torch.testing.assert_close(torch.cat(parts, 1)[1, :9], logits[1, :9], rtol=1e-5, atol=1e-5)
+    front = mask.clone()
+    front[1] = mask[1].flip(-1)
+    refused = {
+        "left": {"mask": front},
+        "keys": {"mask": torch.ones(17, 17, dtype=torch.bool)},
+        "positions": {"positions": torch.arange(17)},
+    }
+    for word, inputs in refused.items():
+        with pytest.raises(zoo.ZooError, match=word):
+            model(LONG, **inputs)
+
+
+def test_positions_jump_alike_in_all_layers():
+    model = landmarks("block=4, pos_jump=9").train()
+    seen = []
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(kwargs["positions"]), with_kwargs=True
+        )
+    model(LONG)
+    assert torch.equal(seen[0], seen[1])
+    assert seen[0].shape == (2, 21)
+    steps = seen[0].diff(dim=1)
+    assert bool((steps[:, 4::5] > 1).any())
+    assert bool((steps[:, 3::5] == 1).all())
+    model.eval()(LONG)
+    assert torch.equal(seen[2], torch.arange(21))
+
+
+def test_layers_may_differ_but_not_in_what_they_insert():
+    mixed = build(attention="landmark(block=4)", layers={"first": "mha"}, position="rope")
+    assert mixed.inserted.every == 4
+    assert mixed(LONG).shape == (2, 17, 11)
+    with pytest.raises(zoo.ZooError, match=r"insert_every: 4 and 5"):
+        build(attention="landmark(block=4)", layers={"first": "landmark(block=5)"})
+
+
+def test_a_model_that_retrieves_feeds_itself():
+    """Outside training long input goes through a cache, in chunks, and sees what it retrieves."""
+    model = landmarks("block=4, retrieve=1, chunk=8").eval()
+    found = model(LONG)
+    cache = zoo.Cache()
+    steps = [model(piece, cache=cache) for piece in LONG.split(8, 1)]
+    torch.testing.assert_close(found, torch.cat(steps, 1), rtol=1e-5, atol=1e-5)
+    whole = landmarks("block=4").eval()
+    whole.load_state_dict(model.state_dict())
+    torch.testing.assert_close(found[:, :8], whole(LONG[:, :8]), rtol=1e-5, atol=1e-5)
+    assert float((found - whole(LONG))[:, 8:].detach().abs().max()) > 1e-3
+    torch.testing.assert_close(model.train()(LONG), whole(LONG), rtol=1e-5, atol=1e-5)
+    every = landmarks("block=4, retrieve=9, chunk=8", "none").eval()
+    plain = landmarks("block=4", "none").eval()
+    plain.load_state_dict(every.state_dict())
+    torch.testing.assert_close(every(LONG), plain(LONG), rtol=1e-5, atol=1e-5)
+    assert every.generate(LONG, 5, temperature=0).equal(plain.generate(LONG, 5, temperature=0))
+    with pytest.raises(zoo.ZooError, match=r"feed_every=8.*no mask"):
+        every(LONG, mask=zoo.padding_mask(torch.tensor([17, 9])))

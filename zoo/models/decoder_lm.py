@@ -4,6 +4,9 @@ Pre-norm RMSNorm, SwiGLU, tied embeddings (as in LLaMA, Touvron et al. 2023), an
 short causal depthwise convolution before each mixer: recall tasks hinge on it (Arora et al. 2023,
 "Zoology"), so it belongs to the host, where it is the same for every mechanism.
 
+Where a part asks for it (`insert_every`: landmarks), the layers see tokens of the model's own
+between the others, and a cache counts them; tokens in and logits out are the ordinary ones.
+
 Legend: B batch, N length, C channels, V vocabulary.
 """
 
@@ -20,6 +23,7 @@ from zoo.cache import Cache, LayerCache
 from zoo.errors import ZooError
 from zoo.factory import create
 from zoo.models import model
+from zoo.models._insertion import Insertion
 from zoo.parts import Part, Position, build, tie_layers
 from zoo.registry import info
 from zoo.spec import DEFAULTS, PartSpec, layout, parse, without
@@ -206,21 +210,19 @@ class DecoderLM(nn.Module):
         self.position = self._embedding_position(embedding, dim, max_len, made)
         self.dropout = nn.Dropout(dropout)
         hidden = 0 if mlp == 0 else max(8, round(mlp * dim / 8) * 8)
-        self.blocks = nn.ModuleList()
-        for i, spec in enumerate(self.specs):
-            options: dict[str, Any] = {"dim": dim, "heads": heads, "causal": True, **made}
-            entry = info(parse(spec)[0].name)
-            heads_only = {"kv_heads": kv_heads, "head_dim": head_dim, "qk_norm": qk_norm}
-            if entry.kind != "mixer":
-                options.update(heads_only, dropout=dropout, max_len=max_len, depth=i, layers=depth)
-            elif given := {key: value for key, value in heads_only.items() if value}:
-                key, value = given.popitem()
-                raise ZooError(
-                    f"{key}={value!r} is for attention in sockets; {entry.name!r} is a whole "
-                    "module and has no such option"
-                )
-            mixer = create(spec, **options)
-            self.blocks.append(Block(dim, mixer, hidden, conv, dropout, **made))
+        facts = {"dim": dim, "heads": heads, "causal": True, **made}
+        only = {"kv_heads": kv_heads, "head_dim": head_dim, "qk_norm": qk_norm, "dropout": dropout}
+        mixers = self._mixers(facts, only, max_len)
+        every, self.feed_every = (_agreed(mixers, n) for n in ("insert_every", "feed_every"))
+        self.inserted = None if every is None else Insertion(every, dim, made)
+        if self.inserted is not None:
+            # Parts that go by a length have to know that of all tokens, the inserted ones too.
+            longest = self.inserted.total(max_len)
+            mixers = self._mixers(facts, only, longest)
+            self.position = self._embedding_position(embedding, dim, longest, made)
+        self.blocks = nn.ModuleList(
+            Block(dim, mixer, hidden, conv, dropout, **made) for mixer in mixers
+        )
         tie_layers(self)
         self.norm = nn.RMSNorm(dim, eps=1e-6, **made)
         self.head = nn.Linear(dim, num_outputs or vocab_size, bias=False, **made)
@@ -256,6 +258,32 @@ class DecoderLM(nn.Module):
             names = " and ".join(repr(name) for name in found)
             raise ZooError(f"layers disagree on the positions of the embedding: {names}")
         return rest, next(iter(found.values()), None)
+
+    def _mixers(
+        self, facts: Mapping[str, Any], only: Mapping[str, Any], max_len: int
+    ) -> list[nn.Module]:
+        """Make the mixer of every layer.
+
+        Args:
+            facts: Options of all mixers.
+            only: Those of attention in sockets.
+            max_len: Longest sequence.
+        """
+        mixers = []
+        for i, spec in enumerate(self.specs):
+            options = dict(facts)
+            entry = info(parse(spec)[0].name)
+            given = {k: value for k, value in only.items() if value and k != "dropout"}
+            if entry.kind != "mixer":
+                options.update(only, max_len=max_len, depth=i, layers=len(self.specs))
+            elif given:
+                key, value = given.popitem()
+                raise ZooError(
+                    f"{key}={value!r} is for attention in sockets; {entry.name!r} is a whole "
+                    "module and has no such option"
+                )
+            mixers.append(create(spec, **options))
+        return mixers
 
     @staticmethod
     def _embedding_position(
@@ -330,24 +358,50 @@ class DecoderLM(nn.Module):
             (B, N, C).
 
         Raises:
-            ZooError: A token or a shape is out of range.
+            ZooError: A token or a shape is out of range, or the model inserts tokens and is given
+                positions, a mask of pairs or padding on the left.
         """
         if tokens.ndim != 2 or tokens.is_floating_point():
             raise ZooError(
                 f"tokens of shape {tuple(tokens.shape)} must be (batch, length) integers"
             )
+        feed = self.feed_every
+        if feed is not None and not self.training and tokens.shape[1] > feed:
+            if mask is not None or positions is not None:
+                raise ZooError(
+                    f"the model feeds itself feed_every={feed} tokens at a time and finds what it "
+                    f"needs of those before; {tokens.shape[1]} tokens take no mask and no positions"
+                )
+            held = Cache() if cache is None else cache
+            return torch.cat([self.hidden(x, cache=held) for x in tokens.split(feed, 1)], 1)
         x = self.embedding(tokens)
+        start = cache.length if cache is not None else 0
+        kept = None
+        if self.inserted is not None:
+            if positions is not None:
+                raise ZooError(
+                    "positions are given, but the model inserts tokens after every "
+                    f"{self.inserted.every}, which take positions too"
+                )
+            x, kept = self.inserted(x, start)
+            if mask is not None:
+                mask = self.inserted.mask(mask)
+            positions = torch.arange(start, start + x.shape[1], device=x.device)
+            positions = self._inserting().place(positions, len(x), cache is None)
         if self.position is not None:
             at = positions
             if at is None:
-                start = cache.length if cache is not None else 0
-                at = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+                at = torch.arange(start, start + x.shape[1], device=x.device)
             x = self.position.embed(x, at)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             layer = cache[i] if cache is not None else None
             x = block(x, mask=mask, positions=positions, cache=layer)
-        return self.norm(x)
+        return self.norm(x if kept is None else x.index_select(1, kept))
+
+    def _inserting(self) -> Part:
+        """The first part for which tokens are inserted."""
+        return next(m for m in self.modules() if isinstance(m, Part) and m.insert_every is not None)
 
     @torch.no_grad()
     def generate(
@@ -398,7 +452,14 @@ class DecoderLM(nn.Module):
         if lengths is not None:
             if lengths.shape != tokens.shape[:1] or lengths.min() < 1 or lengths.max() > length:
                 raise ZooError(f"lengths={lengths.tolist()!r} must be (batch,), from 1 to {length}")
-            visible = torch.arange(length, device=tokens.device) >= length - lengths[:, None]
+            if self.inserted is None:
+                visible = torch.arange(length, device=tokens.device) >= length - lengths[:, None]
+            elif int(lengths.min()) < length:
+                raise ZooError(
+                    f"lengths={lengths.tolist()!r} means padding on the left, but the model "
+                    f"inserts tokens after every {self.inserted.every}, counted from the first; "
+                    "give prompts of one length"
+                )
         was_training = self.training
         self.eval()
         try:
@@ -421,6 +482,19 @@ class DecoderLM(nn.Module):
             return tokens
         finally:
             self.train(was_training)
+
+
+def _agreed(mixers: list[nn.Module], name: str) -> int | None:
+    """What the parts of all layers say that say anything.
+
+    Raises:
+        ZooError: They disagree.
+    """
+    parts = [m for mixer in mixers for m in mixer.modules() if isinstance(m, Part)]
+    found = sorted({getattr(part, name) for part in parts} - {None})
+    if len(found) > 1:
+        raise ZooError(f"layers disagree on {name}: {' and '.join(map(str, found))}")
+    return found[0] if found else None
 
 
 def _sample(
