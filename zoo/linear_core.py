@@ -28,7 +28,7 @@ from torch import Tensor
 
 from zoo import _linear_segments as segments
 from zoo.errors import ZooError
-from zoo.parts import full_precision, repeat_heads
+from zoo.parts import check_cu_seqlens, full_precision, repeat_heads
 
 # Tokens of a chunk, about the width of a head: then both halves of the work are of one size.
 CHUNK = 64
@@ -204,7 +204,7 @@ def _check(
         if log_decay.device.type == "cpu" and not _wants_plain(q, None):
             if not bool((log_decay <= 0).all()):
                 raise ZooError(f"log_decay={log_decay.tolist()!r} must be at most 0")
-    bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, samples, length)
+    bounds = None if cu_seqlens is None else _bounds(cu_seqlens, samples, length)
     if state is not None:
         wanted = (samples if bounds is None else len(bounds) - 1, heads, width, v.shape[3])
         if tuple(state.shape) != wanted or not state.is_floating_point():
@@ -215,29 +215,14 @@ def _check(
     return bounds
 
 
-def sequence_bounds(cu_seqlens: Tensor, samples: int, length: int) -> list[int]:
-    """Bounds of packed sequences as numbers, checked.
-
-    Args:
-        cu_seqlens: (S + 1,) int32 or int64.
-        samples: Batch B of the packed tensors.
-        length: Their tokens N.
-
-    Raises:
-        ZooError: They do not rise from 0 to N, or there is a batch.
-    """
+def _bounds(cu_seqlens: Tensor, samples: int, length: int) -> list[int]:
+    """Bounds of packed sequences as numbers."""
     if torch.compiler.is_compiling():
         raise ZooError("cu_seqlens: packed sequences are cut by their numbers; do not compile them")
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ZooError(
-            f"cu_seqlens of shape {tuple(cu_seqlens.shape)} and type {cu_seqlens.dtype}; allowed: "
-            "int32 or int64 of shape (sequences + 1,)"
-        )
-    bounds: list[int] = cu_seqlens.tolist()
+    check_cu_seqlens(cu_seqlens, length)
     if samples != 1:
         raise ZooError(f"cu_seqlens given with a batch of {samples}; packed sequences have batch 1")
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
-        raise ZooError(f"cu_seqlens={bounds!r} must rise from 0 to the {length} tokens")
+    bounds: list[int] = cu_seqlens.tolist()
     return bounds
 
 
