@@ -140,7 +140,7 @@ class _Work:
         bounds: list[int] | None,
     ) -> None:
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.q, self.k, self.v = (x.to(self.dtype) for x in (q, k, v))
+        self.q, self.k, self.v = q, k, v
         self.heads, self.share = q.shape[1], q.shape[1] // k.shape[1]
         self.key, self.value = q.shape[3], v.shape[3]
         self.lots = list(_lots(q.shape, chunk, bounds))
@@ -156,19 +156,26 @@ class _Work:
             size *= length
         held = self.buffers.get(name)
         if held is None or held.numel() < size:
-            held = self.buffers[name] = self.q.new_empty(size)
+            held = self.buffers[name] = self.empty(size)
         return held[:size].view(shape)
 
-    def cut(self, x: Tensor, lot: _Lot) -> Tensor:
-        """What a lot sees of a tensor with a head for each query head, (b, h, n, C, ..)."""
-        return x[lot.batch, lot.heads, lot.tokens].unflatten(2, (-1, lot.chunk))
+    def empty(self, *shape: int) -> Tensor:
+        """Room for a result."""
+        return self.q.new_empty(shape, dtype=self.dtype)
 
-    def cut_group(self, x: Tensor, lot: _Lot) -> Tensor:
-        """The same of a tensor whose heads are shared by groups of query heads."""
-        if self.share == 1:
-            return self.cut(x, lot)
-        index = torch.arange(lot.heads.start, lot.heads.stop) // self.share
-        return x[lot.batch, :, lot.tokens].index_select(1, index).unflatten(2, (-1, lot.chunk))
+    def load(self, name: str, x: Tensor, lot: _Lot) -> Tensor:
+        """What a lot sees of an input, (b, h, n, C, ..): dense and in enough precision.
+
+        Rows that are far apart in memory fall on few places of a cache, and are read many times.
+        """
+        if x.shape[1] == self.heads:
+            part = x[lot.batch, lot.heads, lot.tokens]
+        else:
+            groups = torch.arange(lot.heads.start, lot.heads.stop) // self.share
+            part = x[lot.batch, :, lot.tokens].index_select(1, groups)
+        if part.dtype != self.dtype or not part.is_contiguous():
+            part = self.buffer(name, *part.shape).copy_(part)
+        return part.unflatten(2, (-1, lot.chunk))
 
     def scaled(self, name: str, x: Tensor, factor: Tensor) -> Tensor:
         """x times a table, in a buffer, as chunks (b h n, C, ..); x itself where nothing decays."""
@@ -233,6 +240,11 @@ class _Work:
         return found.view(len(a), self.key, self.value), after
 
 
+def _cut(x: Tensor, lot: _Lot) -> Tensor:
+    """The place of a lot in a result with a head for each query head, (b, h, n, C, ..)."""
+    return x[lot.batch, lot.heads, lot.tokens].unflatten(2, (-1, lot.chunk))
+
+
 def _store(x: Tensor, value: Tensor) -> None:
     """Put (b h n, C, E) into its place (b, h, n, C, E), unless it is there already."""
     if value.data_ptr() != x.data_ptr():
@@ -240,13 +252,13 @@ def _store(x: Tensor, value: Tensor) -> None:
 
 
 def _place(work: _Work, name: str, x: Tensor) -> Tensor:
-    """The place of a result as (b h n, C, E) where memory allows, else a buffer."""
-    if x.shape[0] == x.shape[1] == 1:
-        return x[0, 0]
-    try:
+    """The place of a result as (b h n, C, E) where it is dense in memory, else a buffer.
+
+    Batched products write other places one matrix at a time.
+    """
+    if x.is_contiguous():
         return x.view(-1, *x.shape[3:])
-    except RuntimeError:  # heads and chunks do not follow one another in memory
-        return work.buffer(name, x.shape[0] * x.shape[1] * x.shape[2], *x.shape[3:])
+    return work.buffer(name, x.shape[0] * x.shape[1] * x.shape[2], *x.shape[3:])
 
 
 def _forward(
@@ -254,9 +266,10 @@ def _forward(
 ) -> list[Tensor]:
     """Fill outputs and final states; the states before the lots where `keep`."""
     kept = []
-    state = after.new_empty(0)
+    inputs = (work.q, work.k, work.v)
+    state = after
     for lot in work.lots:
-        q, k, v = work.cut(work.q, lot), work.cut_group(work.k, lot), work.cut_group(work.v, lot)
+        q, k, v = (work.load(n, x, lot) for n, x in zip("qkv", inputs, strict=True))
         if lot.first:
             state = _first(before, after, lot)
         elif keep:
@@ -267,7 +280,7 @@ def _forward(
         states, state = work.states("states", lot, lasting, v, state, reverse=False)
         products = work.buffer("products", len(q), lot.chunk, lot.chunk)
         work.pairs(torch.bmm(q, k.mT, out=products), lot)
-        target = work.cut(out, lot)
+        target = _cut(out, lot)
         y = _place(work, "y", target)
         torch.bmm(products, v, out=y)
         y.baddbmm_(reach, states)
@@ -293,17 +306,18 @@ def _backward(
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, of k and v with a head for each query head, and of the `count` states."""
-    q = work.q
-    dq, dk = (q.new_empty(q.shape) for _ in range(2))
-    dv = q.new_empty(*q.shape[:3], work.value)
-    d_before = q.new_zeros(count, work.heads, work.key, work.value)
+    inputs = (work.q, work.k, work.v)
+    shape = work.q.shape
+    dq, dk = (work.empty(*shape) for _ in range(2))
+    dv = work.empty(*shape[:3], work.value)
+    d_before = work.empty(count, work.heads, work.key, work.value).zero_()
     if d_after is not None:
         d_before += d_after  # of an empty sequence, and the start of the way back of the others
     left = list(kept)
-    back = q.new_empty(0)
+    back = d_before
     for lot in reversed(work.lots):
-        q, k, v = work.cut(work.q, lot), work.cut_group(work.k, lot), work.cut_group(work.v, lot)
-        g = work.cut(grad, lot).flatten(0, 2)
+        q, k, v = (work.load(n, x, lot) for n, x in zip("qkv", inputs, strict=True))
+        g = work.load("g", grad, lot).flatten(0, 2)
         rows, columns = work.rows(lot), work.columns(lot)
         if lot.last:
             back = d_before[lot.state, lot.heads].flatten(2)
@@ -312,7 +326,7 @@ def _backward(
         q, k, v = q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
         states, _ = work.states("states", lot, lasting, v, state, reverse=False)
         later, back = work.states("later", lot, reach, g, back, reverse=True)
-        targets = [work.cut(x, lot) for x in (dq, dk, dv)]
+        targets = [_cut(x, lot) for x in (dq, dk, dv)]
         a, b, c = (_place(work, n, x) for n, x in zip("abc", targets, strict=True))
         torch.bmm(g, states.mT, out=a)
         torch.bmm(v, later.mT, out=b)
@@ -352,9 +366,9 @@ class _Segments(torch.autograd.Function):
             work = _Work(q, k, v, log_decay, chunk, bounds)
             samples, heads, length = q.shape[:3]
             # Tokens first in memory, as the output projection wants them.
-            out = work.q.new_empty(samples, length, heads, work.value).transpose(1, 2)
+            out = work.empty(samples, length, heads, work.value).transpose(1, 2)
             count = samples if bounds is None else len(bounds) - 1
-            after = work.q.new_zeros(count, heads, work.key, work.value)
+            after = work.empty(count, heads, work.key, work.value).zero_()
             if state is not None:
                 after += state  # stays where a sequence is empty
             keep = any(ctx.needs_input_grad)
@@ -377,9 +391,8 @@ class _Segments(torch.autograd.Function):
         with full_precision(q):
             work = _Work(q, k, v, log_decay, ctx.chunk, ctx.bounds)
             if grad is None:
-                grad = work.q.new_zeros(1).expand(*q.shape[:3], work.value)
+                grad = q.new_zeros(1).expand(*q.shape[:3], work.value)
             count = len(q) if ctx.bounds is None else len(ctx.bounds) - 1
-            grad = grad.to(work.dtype)
             dq, dk, dv, d_before = _backward(work, grad, d_after, state, kept, count)
             if work.share > 1:
                 dk, dv = (x.unflatten(1, (-1, work.share)).sum(2) for x in (dk, dv))
