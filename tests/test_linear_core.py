@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from contract_memory import Largest, measure
@@ -172,7 +174,7 @@ def test_packed_sequences_are_each_alone(form):
             parallel_linear_attention(
                 *(x[:, :, a:b] for x in (q, k, v)), decay, initial_state=initial_state[i : i + 1]
             )
-            for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False))
+            for i, (a, b) in enumerate(pairwise(ends))
         ]
         return torch.cat([y for y, _ in found], 2), torch.cat([s for _, s in found])
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -68,9 +69,7 @@ class _Tables:
         self.between = (chunk * gap * rate[..., None]).exp().tril(-1)  # (H, n, n)
         self.since = (chunk * n * rate).exp()[..., None]  # from the start of chunk 0, (H, n, 1)
         if self.plain:
-            self.between, self.since = (
-                x.expand(heads, -1, -1) for x in (self.between, self.since)
-            )
+            self.between, self.since = (x.expand(heads, -1, -1) for x in (self.between, self.since))
 
 
 @dataclass
@@ -119,7 +118,7 @@ def _lots(shape: torch.Size, chunk: int, bounds: list[int] | None) -> Iterator[_
             batch = slice(b, min(b + wide, samples))
             for h in range(0, heads, deep):
                 lot = slice(h, min(h + deep, heads))
-                for i, j in zip(cuts, cuts[1:], strict=False):
+                for i, j in pairwise(cuts):
                     if i == j:
                         continue
                     states = batch if bounds is None else slice(s, s + 1)
@@ -178,7 +177,7 @@ class _Work:
         return part.unflatten(2, (-1, lot.chunk))
 
     def scaled(self, name: str, x: Tensor, factor: Tensor) -> Tensor:
-        """x times a table, in a buffer, as chunks (b h n, C, ..); x itself where nothing decays."""
+        """Multiply by a table, into a buffer, (b h n, C, ..); x itself where nothing decays."""
         if self.tables.plain:
             return x.flatten(0, 2)
         return torch.mul(x, factor, out=self.buffer(name, *x.shape)).flatten(0, 2)

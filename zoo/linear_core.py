@@ -21,6 +21,7 @@ decay. Half types are computed in float32, and states are never less than that.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -201,9 +202,9 @@ def _check(
                 f"({heads},)"
             )
         # A look at the numbers waits for a GPU, and a compiler has none to look at.
-        if log_decay.device.type == "cpu" and not _wants_plain(q, None):
-            if not bool((log_decay <= 0).all()):
-                raise ZooError(f"log_decay={log_decay.tolist()!r} must be at most 0")
+        known = log_decay.device.type == "cpu" and not _wants_plain(q, None)
+        if known and not bool((log_decay <= 0).all()):
+            raise ZooError(f"log_decay={log_decay.tolist()!r} must be at most 0")
     bounds = None if cu_seqlens is None else _bounds(cu_seqlens, samples, length)
     if state is not None:
         wanted = (samples if bounds is None else len(bounds) - 1, heads, width, v.shape[3])
@@ -246,7 +247,7 @@ def _spread(
         if bounds is None:
             out, state = form(q, k, v, log_decay, state)
             return out.to(dtype), state
-        sizes = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        sizes = [b - a for a, b in pairwise(bounds)]
         outs, states = [], []
         for i, (a, b, c) in enumerate(zip(*(x.split(sizes, 2) for x in (q, k, v)), strict=True)):
             before = None if state is None else state[i : i + 1]

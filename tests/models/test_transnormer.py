@@ -34,9 +34,9 @@ def official(tensors):
         mlp = [tensors[f"{theirs}.channel_mixer.l{n}.weight"] for n in (1, 2, 3)]
         found[f"{ours}.mlp.up.weight"] = torch.cat(mlp[:2])
         found[f"{ours}.mlp.down.weight"] = mlp[2]
-    found["blocks.1.attn.attend.theta"] = tensors[
-        "transnormer.h.1.token_mixer.lrpe.theta"
-    ].squeeze(1)
+    found["blocks.1.attn.attend.theta"] = tensors["transnormer.h.1.token_mixer.lrpe.theta"].squeeze(
+        1
+    )
     return found
 
 

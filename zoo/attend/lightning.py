@@ -188,7 +188,7 @@ def _kernel(
 
 
 def srms_norm(x: Tensor, eps: float = EPS) -> Tensor:
-    """x over its root mean square along the last axis, without a weight; at least in float32."""
+    """Divide by the root mean square along the last axis, in float32 at least; no weight."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.rms_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype)
 
@@ -243,8 +243,10 @@ def decay_slopes(
         raise unknown("decay", decay, ("alibi", "paper", "fla"))
     numbers = [decay] * heads if isinstance(decay, int | float) else list(decay)
     if len(numbers) != heads:
-        raise ZooError(f"decay={decay!r} has {len(numbers)} numbers; allowed: one for each of the "
-                       f"{heads} heads")
+        raise ZooError(
+            f"decay={decay!r} has {len(numbers)} numbers; allowed: one for each of the "
+            f"{heads} heads"
+        )
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 1:
             raise ZooError(f"decay={decay!r}: {number!r} is not in (0, 1]")

@@ -35,7 +35,7 @@ STD = 0.02
 
 
 class SRMSNorm(nn.Module):
-    """x over its root mean square along the channels, without a weight.
+    """Division by the root mean square along the channels, without a weight.
 
     Args:
         eps: Added to the mean square.
@@ -203,7 +203,7 @@ class TransNormer(DecoderLM):
             self.head.weight = self.embedding.weight
 
     def init_weights(self) -> None:
-        """Normal with standard deviation 0.02; parts with an initialisation of their own keep it."""
+        """Normal with standard deviation 0.02; parts that start in a way of their own keep it."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=STD)
