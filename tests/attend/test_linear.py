@@ -9,7 +9,7 @@ from tolerances import assert_close
 
 import zoo
 from zoo import flops
-from zoo.attend.linear import CHUNK, chunked_sums, linear_attention_reference
+from zoo.attend.linear import linear_attention_reference
 
 
 def build(causal=True, spec="linear", **options):
@@ -19,7 +19,7 @@ def build(causal=True, spec="linear", **options):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("length", [1, 7, CHUNK, 2 * CHUNK + 5])
+@pytest.mark.parametrize("length", [1, 7, 64, 133])
 def test_equals_reference(causal, kv_heads, length):
     attn = build(causal, heads=4, kv_heads=kv_heads)
     x = draw(2, length, 12)
@@ -48,17 +48,26 @@ def test_by_hand():
     assert low == pytest.approx((3 * e + 9) / (e + 1))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 5, 16, 100])
-def test_any_chunk_and_a_carried_state_give_the_same(chunk):
-    a, b, w = draw(2, 3, 2, 21, 4), draw(2, 3, 21, 4, seed=1), draw(2, 3, 21, 5, seed=2)
-    whole = torch.einsum("bgrid,bgjd->bgrij", a, b).tril() @ w[:, :, None]
-    y, state = chunked_sums(a, b, w, chunk=chunk)
-    assert_close(y, whole, "chunks")
-    assert_close(state, b.transpose(-1, -2) @ w, "state")
-    first, carried = chunked_sums(a[..., :8, :], b[..., :8, :], w[..., :8, :], chunk=chunk)
-    second, last = chunked_sums(a[..., 8:, :], b[..., 8:, :], w[..., 8:, :], carried, chunk)
-    assert_close(torch.cat([first, second], 3), whole, "in two pieces")
-    assert_close(last, state, "state after two pieces")
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_quadratic_route_agrees(causal):
+    attn = build(causal, heads=4, kv_heads=2)
+    x, mask = draw(1, 71, 12), torch.ones(1, 1, 1, 71, dtype=torch.bool)
+    mask[..., 5:9] = False
+    for inputs in ({}, {"mask": mask}, {"cu_seqlens": torch.tensor([0, 4, 4, 71])}):
+        attn.route = "auto"
+        expected = settle(attn, x, **inputs)
+        attn.route = "reference"
+        for name, value in settle(attn, x, **inputs).items():
+            assert_close(value, expected[name], name, gradient=name != "output")
+    with torch.no_grad():
+        cache = zoo.LayerCache()
+        rows = [attn(piece, cache=cache) for piece in x.split([50, 21], 1)]
+        attn.route, other = "auto", zoo.LayerCache()
+        wanted = [attn(piece, cache=other) for piece in x.split([50, 21], 1)]
+    assert_close(torch.cat(rows, 1), torch.cat(wanted, 1), "decoded by the quadratic route")
+    attn.route = "linear_triton"
+    with pytest.raises(zoo.ZooError, match="cannot take this pass"):
+        attn(x)
 
 
 @pytest.mark.parametrize("spec", ["linear", "linear+rope"])

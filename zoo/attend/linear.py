@@ -8,10 +8,11 @@ with sums over all keys, or over j <= i where attention is causal: then S and z 
 state of fixed size, D (D + 1) numbers per key/value head however long the past. The implicit
 weights phi(q_i) . phi(k_j) / (sum + eps) are positive and sum to almost one. No parameters.
 
-Cost N D (D + C) per head: the causal form takes chunks of C tokens, quadratic inside a chunk and
-through the state between chunks, all in batched matrix products; the states before the chunks are
-one cumulative sum over N / C matrices. (The cumulative sum over N matrices that the paper's
-equation suggests takes 64 times the memory and is several times slower than softmax attention.)
+Cost N D (D + C) per head: the causal form is that of `zoo.linear_core` without a decay, in chunks
+of C tokens, quadratic inside a chunk and through the state between chunks. A column of ones beside
+the values makes the normaliser one more of their channels. (The cumulative sum over N matrices that
+the paper's equation suggests takes 64 times the memory and is several times slower than softmax
+attention.)
 
 What is left open or differs: dot products are not scaled, as in the paper (a `scale` is refused).
 The paper adds no eps; its code adds 1e-6, which is followed here. Everything is computed in
@@ -22,22 +23,26 @@ numerator, each for all later queries, since single weights are never formed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.parts import Attend, Call, full_precision
+from zoo.kernels import refuse
+from zoo.linear_core import chunked_linear_attention, parallel_linear_attention
+from zoo.parts import Attend, Call, full_precision, grouped_matmul
 from zoo.registry import Paper, Taxonomy, Traits, register
+from zoo.routes import Route
 
 if TYPE_CHECKING:
     from zoo.attention import Attention
 
 EPS = 1e-6
-# Tokens of a chunk.
-CHUNK = 64
+Form = Callable[..., tuple[Tensor, Tensor]]
 
 
 def features(x: Tensor) -> Tensor:
@@ -63,35 +68,6 @@ def linear_attention_reference(
     return (weights / (weights.sum(-1, keepdim=True) + eps)) @ v
 
 
-def chunked_sums(
-    a: Tensor, b: Tensor, w: Tensor, state: Tensor | None = None, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor]:
-    """y_i = a_i (state + sum over j <= i of b_j w_j^T), in time and memory O(N).
-
-    Args:
-        a: Features of queries, (B, G, R, N, D), R query heads to a group.
-        b: Features of keys, (B, G, N, D).
-        w: What is summed, (B, G, N, E).
-        state: Sum over earlier tokens, (B, G, D, E), or None.
-        chunk: Tokens of a chunk.
-
-    Returns:
-        y (B, G, R, N, E), and the state after the last token.
-    """
-    length = a.shape[3]
-    chunk = min(chunk, length)
-    short = -length % chunk
-    if short:  # zero features add nothing to any sum
-        a, b, w = (F.pad(x, (0, 0, 0, short)) for x in (a, b, w))
-    a, b, w = (x.unflatten(-2, (-1, chunk)) for x in (a, b, w))  # (.., n, C, D)
-    if state is None:
-        state = b.new_zeros(*b.shape[:2], b.shape[-1], w.shape[-1])
-    sums = torch.cat([state[:, :, None], b.transpose(-1, -2) @ w], 2).cumsum(2)
-    near = (a @ b.transpose(-1, -2)[:, :, None]).tril() @ w[:, :, None]
-    y = near + a @ sums[:, :, None, :-1]
-    return y.flatten(3, 4)[:, :, :, :length], sums[:, :, -1]
-
-
 @register(
     "linear",
     kind="attend",
@@ -100,7 +76,7 @@ def chunked_sums(
         2020,
         "2006.16236",
     ),
-    traits=Traits(mask="keys", bias=False, packed=False, cost="N * D * D"),
+    traits=Traits(mask="keys", bias=False, cost="N * D * D"),
     taxonomy=Taxonomy(
         sequences="self",
         levels="single",
@@ -124,26 +100,30 @@ class Linear(Attend):
 
     def forward(self, call: Call) -> Tensor:
         """Outputs of the heads, (B, H, N, v_dim)."""
+        return self.mix(call, chunked_linear_attention, _totals)
+
+    def mix(self, call: Call, causal: Form, whole: Form) -> Tensor:
+        """The same by the given forms: `causal`, or `whole` for sums over all keys."""
         a, b = self._features(call)
         v = call.v.to(a.dtype)
         if call.dropout:
             v = v * F.dropout(v.new_ones(*v.shape[:3], 1), call.dropout)
-        # With a column of ones beside the values, the sums carry the normaliser along.
         w = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
+        options: dict[str, Any] = {}
         # A context is whole in every call, so there is nothing to remember of it.
         cache = None if call.cross else call.cache
-        state = None if cache is None else cache.get_state("linear")
-        with full_precision(a):
-            if call.causal:
-                y, state = chunked_sums(a, b, w, state)
-            else:
-                total = b.transpose(-1, -2) @ w
-                state = total if state is None else state + total
-                y = a @ state[:, :, None]
+        share = a.shape[1] // b.shape[1]
         if cache is not None:
-            cache.set_state("linear", state)
-        y = y[..., :-1] / (y[..., -1:] + EPS)
-        return y.flatten(1, 2).to(call.v.dtype)
+            state = cache.get_state("linear")
+            # Without a decay all heads of a group have one state.
+            options["initial_state"] = None if state is None else state.repeat_interleave(share, 1)
+        if call.cu_seqlens is not None:
+            options["cu_seqlens"] = call.cu_seqlens
+        with full_precision(a):
+            y, state = (causal if call.causal else whole)(a, b, w, **options)
+            if cache is not None:
+                cache.set_state("linear", state[:, ::share])
+            return (y[..., :-1] / (y[..., -1:] + EPS)).to(call.v.dtype)
 
     def weights(self, call: Call) -> Tensor:
         """phi(q_i) . phi(k_j) over the sum of its row, (B, H, N, M).
@@ -155,16 +135,104 @@ class Linear(Attend):
             raise ZooError("'linear' keeps the sum of past keys only; no weights with a cache")
         a, b = self._features(call)
         with full_precision(a):
-            products = (a @ b.transpose(-1, -2)[:, :, None]).flatten(1, 2)
+            products = grouped_matmul(a, b.mT)
         if call.causal:
             products = products.tril()
+        if call.documents is not None:
+            products = products * (call.documents[:, None] == call.documents)
         return products / (products.sum(-1, keepdim=True) + EPS)
 
     @staticmethod
     def _features(call: Call) -> tuple[Tensor, Tensor]:
-        """Of queries (B, G, R, N, D), R query heads to a group, and of keys (B, G, M, D)."""
-        a = features(call.q).unflatten(1, (call.k.shape[1], -1))
-        b = features(call.k)
+        """Of queries (B, H, N, D) and of keys (B, G, M, D)."""
+        a, b = features(call.q), features(call.k)
         if call.key_mask is not None:
             b = b.masked_fill(~call.key_mask[..., None], 0.0)
         return a, b
+
+    def routes(self) -> tuple[Route, ...]:
+        """The kernel for causal sums; the quadratic form where it is asked for."""
+        return (
+            Route("linear_triton", _refuse_triton, _run_triton, packed=True),
+            Route("reference", lambda host, call: None, _run_reference, auto=False, packed=True),
+        )
+
+
+def _totals(
+    a: Tensor,
+    b: Tensor,
+    w: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sums over all keys, and those of earlier passes: y (B, H, N, E), state (B, H, D, E)."""
+    share = a.shape[1] // b.shape[1]
+    if cu_seqlens is None:
+        total = b.mT @ w
+        if initial_state is not None:
+            total = total + initial_state[:, ::share]
+        return grouped_matmul(a, total), total.repeat_interleave(share, 1)
+    if torch.compiler.is_compiling():
+        raise ZooError("cu_seqlens: packed sequences are cut by their numbers; do not compile them")
+    sizes = [j - i for i, j in pairwise(cu_seqlens.tolist())]
+    pieces = zip(*(x.split(sizes, 2) for x in (a, b, w)), strict=True)
+    found = [_totals(*piece) for piece in pieces]
+    return torch.cat([y for y, _ in found], 2), torch.cat([state for _, state in found])
+
+
+def _all_pairs(
+    a: Tensor,
+    b: Tensor,
+    w: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same as `_totals` through all N x M products."""
+    products = grouped_matmul(a, b.mT)
+    if cu_seqlens is not None:
+        index = torch.arange(a.shape[2], device=a.device)
+        document = torch.bucketize(index, cu_seqlens[1:], right=True)
+        products = products * (document[:, None] == document)
+    y = grouped_matmul(products, w)
+    total = (b.mT @ w).repeat_interleave(a.shape[1] // b.shape[1], 1)
+    if initial_state is not None:
+        y, total = y + a @ initial_state, total + initial_state
+    return y, total
+
+
+def _refuse_triton(host: Attention, call: Call) -> str | None:
+    if not call.causal:
+        return "without causality two matrix products do it"
+    # Beside the values stands one more column.
+    by_name = host.route == "linear_triton"
+    reason = refuse(call.q, call.k, call.v, head_dim=127, by_name=by_name)
+    if reason is None and torch._C._are_functorch_transforms_active():
+        return "torch.func cannot look into the kernel"
+    return reason
+
+
+def _run_triton(host: Attention, call: Call) -> Tensor:
+    from zoo.kernels.linear import linear_attention
+
+    def kernel(
+        a: Tensor,
+        b: Tensor,
+        w: Tensor,
+        *,
+        initial_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        y, state = linear_attention(a, b, w, None, initial_state, cu_seqlens)
+        return y, state
+
+    part = host.attend
+    assert isinstance(part, Linear)
+    return part.mix(call, kernel, _totals)
+
+
+def _run_reference(host: Attention, call: Call) -> Tensor:
+    part = host.attend
+    assert isinstance(part, Linear)
+    return part.mix(call, parallel_linear_attention, _all_pairs)

@@ -224,7 +224,7 @@ class DecoderLM(nn.Module):
             Block(dim, mixer, hidden, conv, dropout, **made) for mixer in mixers
         )
         tie_layers(self)
-        self.norm = nn.RMSNorm(dim, eps=1e-6, **made)
+        self.norm: nn.Module = nn.RMSNorm(dim, eps=1e-6, **made)
         self.head = nn.Linear(dim, num_outputs or vocab_size, bias=False, **made)
         self.init_weights()
         if tie and num_outputs is None:

@@ -1,0 +1,341 @@
+"""Lightning attention: the official code's numbers, its forms, decays, LRPE, decoding, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract_subject import draw, settle
+from tolerances import assert_close
+from torch.nn.functional import silu
+
+import zoo
+from zoo.attend.lightning import (
+    FORMS,
+    decay_slopes,
+    lightning_attention,
+    lrpe,
+)
+
+CONTRACT_OPTIONS = [
+    {},
+    {"variant": "tnl3", "decay": [0.5, 0.9, 0.99, 1.0]},
+    {"decay": None, "lrpe": True, "act": "elu", "norm": "rms", "gate": "none", "value_act": True},
+]
+
+
+def build(spec="lightning", **options):
+    options = {"dim": 12, "heads": 3, "causal": True, "dtype": torch.float64, **options}
+    return zoo.create(spec, **options)
+
+
+def test_equals_the_official_code(golden):
+    tensors, _ = golden("lightning_attention")
+    for mode in FORMS:
+        q, k, v = (tensors[f"in.{n}"].clone().requires_grad_() for n in "qkv")
+        o = lightning_attention(q, k, v, tensors["in.slope"], mode, chunk=8)
+        assert_close(o, tensors["out.o"], f"{mode}: output")
+        grads = torch.autograd.grad((o * tensors["in.w"]).sum(), (q, k, v))
+        for name, grad in zip("qkv", grads, strict=True):
+            what = f"{mode}: gradient of {name}"
+            assert_close(grad, tensors[f"grad.{name}"], what, gradient=True)
+        plain = lightning_attention(q, k, v, mode=mode)
+        assert_close(plain, tensors["out.o_no_decay"], f"{mode}: without decay")
+
+
+def test_the_example_module_of_the_official_code(golden):
+    """Variant tnl3: SiLU on v, LayerNorm, low-rank gate; layer 1 of 4, without LRPE."""
+    tensors, _ = golden("lightning_attention")
+    start = "param.tnl."
+    theirs = {k.removeprefix(start): x for k, x in tensors.items() if k.startswith(start)}
+    attn = zoo.create("lightning(variant=tnl3)", 24, 3, causal=True, depth=1, layers=4)
+    slopes = torch.tensor(attn.attend.slopes)
+    assert_close(slopes, tensors["out.tnl.slope_rate"].flatten(), "slopes")
+    names = {
+        "project.qkv.weight": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+        "attend.norm.weight": ("norm.weight",),
+        "attend.norm.bias": ("norm.bias",),
+        "attend.gate.0.weight": ("output_gate.0.weight",),
+        "attend.gate.1.weight": ("output_gate.1.weight",),
+        "combine.proj.weight": ("o_proj.weight",),
+    }
+    state = {ours: torch.cat([theirs[n] for n in found]) for ours, found in names.items()}
+    attn.load_state_dict(state)
+    x = tensors["in.tnl.x"].clone().requires_grad_()
+    y = attn(x)
+    assert_close(y, tensors["out.tnl.y"], "output")
+    y.sum().backward()
+    for ours, found in names.items():
+        wanted = torch.cat([tensors[f"grad.tnl.{n}"] for n in found])
+        assert_close(attn.get_parameter(ours).grad, wanted, f"gradient of {ours}", gradient=True)
+    assert_close(x.grad, tensors["grad.tnl.x"], "gradient of x", gradient=True)
+
+
+def test_slopes_of_the_official_code(golden):
+    tensors, _ = golden("lightning_attention")
+    for heads in (1, 2, 4, 6, 8, 12):
+        wanted = tensors[f"out.slopes_h{heads}"].flatten()
+        assert_close(torch.tensor(decay_slopes("alibi", heads, 0, None)), wanted, f"{heads} heads")
+
+
+def test_lrpe_of_the_official_code(golden):
+    tensors, _ = golden("lightning_attention")
+    theta = tensors["param.tnl1.transnormer.h.1.token_mixer.lrpe.theta"].squeeze(1)
+    y = lrpe(tensors["in.tnl1.lrpe_x"], theta, torch.arange(14))
+    assert_close(y, tensors["out.tnl1.lrpe_y"], "lrpe")
+
+
+def test_by_hand():
+    q, k, v = (torch.tensor(x).double().view(1, 1, 3, 1) for x in ([1, 2, 1], [1, 1, 2], [1, 2, 3]))
+    slope = torch.tensor(2.0).double().log()
+    for mode in FORMS:
+        o, state = lightning_attention(q, k, v, slope, mode, chunk=2, return_state=True)
+        assert o.flatten().tolist() == pytest.approx([1, 5, 7.25]), mode
+        assert state.item() == pytest.approx(7.25)
+
+
+def test_slopes_at_their_ends():
+    q, k, v = (draw(1, 2, 70, 4, seed=i) for i in range(3))
+    alone = (q * k).sum(-1, keepdim=True) * v
+    assert_close(lightning_attention(q, k, v, torch.inf), alone, "infinite slope")
+    none = lightning_attention(q, k, v)
+    assert_close(lightning_attention(q, k, v, [0.0, 0.0]), none, "slope of zero")
+    assert_close(none, (q @ k.mT).tril() @ v, "plain linear attention")
+
+
+def test_linear_in_the_values_and_blind_to_absolute_time():
+    q, k, v, w = (draw(1, 2, 40, 4, seed=i) for i in range(4))
+    slope = [0.1, 0.5]
+    parts = [lightning_attention(q, k, x, slope) for x in (v, w)]
+    both = lightning_attention(q, k, 2 * v - w, slope)
+    assert_close(both, 2 * parts[0] - parts[1], "linear in v")
+    zeros = torch.zeros(1, 2, 9, 4, dtype=torch.float64)
+    late = lightning_attention(*(torch.cat([zeros, x], 2) for x in (q, k, v)), slope)
+    assert_close(late[:, :, 9:], parts[0], "the same nine steps later")
+
+
+def test_state_goes_from_piece_to_piece_and_packed_sequences_keep_apart():
+    q, k, v = (draw(1, 2, 30, 4, seed=i) for i in range(3))
+    whole, last = lightning_attention(q, k, v, 0.3, return_state=True)
+    first, state = lightning_attention(*(x[:, :, :11] for x in (q, k, v)), 0.3, return_state=True)
+    rest = [x[:, :, 11:] for x in (q, k, v)]
+    second, after = lightning_attention(*rest, 0.3, initial_state=state, return_state=True)
+    assert_close(torch.cat([first, second], 2), whole, "in two pieces")
+    assert_close(after, last, "state")
+    packed = lightning_attention(q, k, v, 0.3, cu_seqlens=torch.tensor([0, 11, 30]))
+    alone = lightning_attention(*rest, 0.3)
+    assert_close(packed, torch.cat([first, alone], 2), "packed")
+
+
+def test_backends_agree():
+    tensors = [draw(2, h, 19, 4, seed=h) for h in (4, 2, 2)]
+    expected = lightning_attention(*tensors, 0.2, backend="reference")
+    for backend in ("auto", "torch"):
+        assert_close(lightning_attention(*tensors, 0.2, backend=backend), expected, backend)
+
+
+def test_lrpe_is_a_cosine_of_the_distance():
+    q, k, theta = draw(1, 2, 6, 3), draw(1, 2, 6, 3, seed=1), draw(2, 3, seed=2)
+    at = torch.tensor([4, 7, 8, 20, 21, 40])
+    found = lrpe(q, theta, at) @ lrpe(k, theta, at).mT
+    gap = (at[:, None] - at).double()
+    cosines = (gap[None, :, :, None] * theta[:, None, None]).cos()
+    wanted = (q[:, :, :, None] * k[:, :, None] * cosines).sum(-1)
+    assert_close(found, wanted, "scores")
+    batched = lrpe(q.expand(2, -1, -1, -1), theta, torch.stack([at, at + 5]))
+    assert_close(batched[:1], lrpe(q, theta, at), "positions of a batch")
+    with pytest.raises(zoo.ZooError, match="whole steps"):
+        lrpe(q, theta, at + 0.5)
+
+
+def test_layer_by_its_equations():
+    """Gate, norm over all heads, LRPE, activations: line by line, for a grouped layer."""
+    attn = build(heads=4, kv_heads=2, depth=0, layers=3)
+    part, x = attn.attend, draw(2, 9, 12)
+    q, k, v = attn.project(x, None, None)
+    q, k = silu(q), silu(k)
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    q, k = (lrpe(t, part.theta, torch.arange(9)) for t in (q, k))
+    gap = torch.arange(9)[:, None] - torch.arange(9)
+    alibi = torch.tensor([0.25, 0.0625, 0.015625, 0.00390625], dtype=torch.float64)
+    decay = (-(alibi * (1 + 1e-5))[:, None, None] * gap).exp().tril()
+    heads = ((q @ k.mT) * decay @ v).transpose(1, 2).flatten(2)
+    normed = heads / (heads.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert_close(attn(x), attn.combine.proj(normed * part.gate(x)), "layer")
+
+
+@pytest.mark.parametrize("options", CONTRACT_OPTIONS, ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_routes_agree(options, kv_heads):
+    attn = zoo.create(
+        "lightning", 12, 4, kv_heads=kv_heads, causal=True, dtype=torch.float64, **options
+    )
+    assert attn.explain(draw(1, 3, 12)).route == "lightning"
+    x, mask = draw(2, 67, 12), torch.ones(2, 1, 1, 67, dtype=torch.bool)
+    mask[1, ..., :5] = False
+    for inputs in ({}, {"mask": mask}):
+        attn.route = "reference"
+        expected = settle(attn, x, **inputs)
+        for name in ("auto", "lightning", "recurrent"):
+            attn.route = name
+            for item, value in settle(attn, x, **inputs).items():
+                assert_close(value, expected[item], f"{name}: {item}", gradient=item != "output")
+
+
+def test_decoding_keeps_a_state_of_fixed_size():
+    attn, cache = build(spec="lightning(lrpe=True)"), zoo.LayerCache()
+    x = draw(2, 80, 12)
+    with torch.no_grad():
+        rows = [attn(piece, cache=cache) for piece in x.split([70, 1, 1, 8], 1)]
+        assert_close(torch.cat(rows, 1), attn(x), "decoded")
+    assert cache.nbytes == 2 * 3 * 8 * 4 * 8, "batch x heads x 2 D x D doubles"
+    for name in ("reference", "recurrent"):
+        attn.route, other = name, zoo.LayerCache()
+        with torch.no_grad():
+            found = [attn(piece, cache=other) for piece in x.split([70, 10], 1)]
+        assert_close(torch.cat(found, 1), torch.cat(rows, 1), f"decoded by {name}")
+
+
+def test_state_is_float32_for_half_precision():
+    attn, cache = build(dtype=torch.bfloat16), zoo.LayerCache()
+    attn(draw(2, 5, 12, dtype=torch.bfloat16), cache=cache)
+    assert cache.get_state("lightning").dtype == torch.float32
+
+
+def test_a_norm_with_a_bias_is_silent_where_nothing_is_seen():
+    attn = build(spec="lightning(variant=tnl3)")
+    with torch.no_grad():
+        attn.attend.norm.bias.fill_(1.0)
+    x, mask = draw(2, 9, 12), torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    mask[1, ..., :4] = False
+    with torch.no_grad():
+        y = attn(x, mask=mask)
+        assert not bool(y[1, :4].any())
+        assert bool(y[1, 4:].all())
+        cache = zoo.LayerCache()
+        pieces = [(0, 3), (3, 6), (6, 9)]
+        rows = [attn(x[:, a:b], mask=mask[..., :b], cache=cache) for a, b in pieces]
+        assert_close(torch.cat(rows, 1), y, "decoded")
+        packed = attn(x[1:], mask=mask[1:], cu_seqlens=torch.tensor([0, 3, 9]))
+        assert not bool(packed[0, :4].any())
+        visible = torch.ones(1, 1, 1, 9, dtype=torch.bool)
+        visible[..., 5:7] = False
+        packed = attn(x[1:], mask=visible, cu_seqlens=torch.tensor([0, 5, 9]))
+        assert not bool(packed[0, 5:7].any()), "what the sequence before saw does not count"
+        assert bool(packed[0, :5].all())
+
+
+def test_dropout_hides_keys_for_good_and_keeps_the_mean():
+    spec = "lightning(norm=none, gate=none, decay=None, lrpe=False)"
+    attn = build(spec=spec, dim=4, heads=1, dropout=0.5)
+    with torch.no_grad():
+        attn.combine.proj.weight.copy_(torch.eye(4))
+    x = draw(1, 6, 4)
+    plain = attn.eval()(x)
+    total = attn.train()(x.expand(20000, -1, -1))
+    scale = float(plain.detach().abs().max())
+    assert float((total.mean(0) - plain).detach().abs().max()) < 0.05 * scale
+    q, k, v = attn.project(x, None, None)
+    weights = (silu(q) @ silu(k).mT).tril()
+    subsets = torch.cartesian_prod(*[torch.tensor([0.0, 2.0])] * 6).double()
+    possible = torch.stack([weights[0, 0] @ (v[0, 0] * s[:, None]) for s in subsets])
+    nearest = (possible - total[0]).abs().amax((1, 2)).min()
+    assert float(nearest.detach()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("spec", "extra"),
+    [
+        ("lightning", 16 * 16 + 4 * 4),
+        ("lightning(lrpe=False)", 16 * 16),
+        ("lightning(variant=tnl3, lrpe=False)", 2 * 16 * 4 + 2 * 16),
+        ("lightning(gate=none, norm=rms, lrpe=False)", 16),
+    ],
+)
+def test_parameters(spec, extra):
+    attn = zoo.create(spec, 16, 4, causal=True)
+    assert sum(p.numel() for p in attn.parameters()) == 4 * 16**2 + extra
+
+
+def test_lrpe_stands_in_the_first_layer_and_starts_as_in_the_code():
+    first, second = (build(depth=d, layers=2).attend.theta for d in (0, 1))
+    assert second is None
+    wanted = 10000 ** (-2 * torch.arange(12).double() / 12)
+    assert_close(first, wanted.view(3, 4), "theta")
+    assert build(spec="lightning(lrpe=True)", depth=1).attend.theta is not None
+
+
+def test_decays():
+    by_layer = [decay_slopes("alibi", 8, depth, 4) for depth in range(4)]
+    assert [s[0] for s in by_layer] == pytest.approx([0.500005, 0.3333383, 0.1666717, 0.000005])
+    assert decay_slopes("alibi", 2, 0, 1) == decay_slopes("alibi", 2, 5, None) == (1 / 16, 1 / 256)
+    assert decay_slopes("paper", 4, 1, 4) == pytest.approx((1.5, 3.0, 4.5, 6.0))
+    assert decay_slopes("fla", 4, 1, 4) == pytest.approx((0.0, 1.5, 3.0, 4.5))
+    assert decay_slopes([1.0, 0.5], 2, 3, 4) == pytest.approx((0.0, 0.6931472))
+    assert decay_slopes(0.5, 2, 0, None) == pytest.approx((0.6931472, 0.6931472))
+    assert decay_slopes(None, 2, 0, None) is None
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.5, -0.5, [0.5, 1.1, 0.5], [0.5, 0.0, 1.0]])
+def test_a_decay_outside_of_its_range_is_refused(decay):
+    with pytest.raises(zoo.ZooError, match=r"not in \(0, 1\]"):
+        build(decay=decay)
+    with pytest.raises(zoo.ZooError, match=r"nan is not in \(0, 1\]"):
+        decay_slopes(float("nan"), 2, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"decay": [0.5, 0.5]}, "one for each of the 3 heads"),
+        ({"decay": "alibbi"}, "did you mean 'alibi'"),
+        ({"variant": "tnl4"}, "variant"),
+        ({"act": "swish"}, "act"),
+        ({"norm": "batch"}, "norm"),
+        ({"gate": "full"}, "gate"),
+        ({"lrpe": 1}, "lrpe=1"),
+        ({"value_act": "no"}, "value_act='no'"),
+        ({"scale": 0.3}, r"scale=0\.3"),
+        ({"causal": False}, "causal"),
+        ({"depth": 2, "layers": 2}, "depth=2"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense_are_refused(options, named):
+    with pytest.raises(zoo.ZooError, match=named):
+        build(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"slope": [0.1, -0.1]}, "slope="),
+        ({"slope": torch.tensor([0.1, torch.nan])}, "slope="),
+        ({"slope": [0.1, 0.1, 0.1]}, "slope of shape"),
+        ({"mode": "chunks"}, "did you mean 'chunk'"),
+        ({"backend": "cuda"}, "backend"),
+        ({"mode": "recurrent", "backend": "triton"}, "mode='chunk' only"),
+        ({"backend": "triton"}, "float64"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"initial_state": torch.zeros(1, 2, 4, 4).half()}, "float16"),
+        ({"initial_state": torch.zeros(1, 2, 4, 5)}, "initial_state of shape"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens"),
+        ({"k": torch.zeros(1, 2, 7, 3)}, "k of shape"),
+        ({"v": torch.zeros(1, 2, 6, 4)}, "v of shape"),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit_are_refused(options, named):
+    q, k, v = (draw(1, 2, 7, 4, seed=i) for i in range(3))
+    with pytest.raises(zoo.ZooError, match=named):
+        lightning_attention(**{"q": q, "k": k, "v": v, **options})
+
+
+def test_the_kernel_is_refused_with_its_reason():
+    attn = build(dtype=torch.float32)
+    attn.route = "lightning_triton"
+    with pytest.raises(zoo.ZooError, match="cannot take this pass"):
+        build(route="lightning_triton")(draw(1, 5, 12))  # float64
+    wide = build(spec="lightning(lrpe=True)", head_dim=80, dtype=torch.float32)
+    wide.route = "lightning_triton"
+    with pytest.raises(zoo.ZooError, match="160 wide"):
+        wide(draw(1, 5, 12, dtype=torch.float32))
