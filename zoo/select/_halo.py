@@ -219,69 +219,75 @@ def make_plan(
     return Plan(shape, strips, tile_rows, tile_keys, tuple(blocks))
 
 
-def _cut(x: Tensor, plan: Plan, keys: bool) -> Tensor:
-    """Lay (P, S, D) out as strips, (P strips, rows or keys of a strip, D)."""
-    if not plan.copies:
-        return x
-    grid = x.unflatten(1, plan.shape)
-    sizes = plan.keys if keys else plan.rows
-    made = x.new_zeros(x.shape[0], len(plan.strips), plan.shape[0], *sizes, x.shape[2])
-    for n, strip in enumerate(plan.strips):
-        source = grid[:, :, *(tile.keys if keys else tile.rows for tile in strip)]
-        room = made[:, n][:, :, *(slice(0, size) for size in source.shape[2:-1])]
-        room.copy_(source)
-    return made.flatten(2, -2).flatten(0, 1)
+class _Room:
+    """Memory for strips, used again for one lot of heads after the other.
 
-
-def _join(strips: Tensor, plan: Plan, keys: bool) -> Tensor:
-    """The way back from strips to (P, S, D): what several strips hold of a key is added up."""
-    if not plan.copies:
-        return strips
-    sizes = plan.keys if keys else plan.rows
-    parts = strips.view(-1, len(plan.strips), plan.shape[0], *sizes, strips.shape[-1])
-    made = strips.new_zeros(parts.shape[0], *plan.shape, strips.shape[-1])
-    for n, strip in enumerate(plan.strips):
-        target = made[:, :, *(tile.keys if keys else tile.rows for tile in strip)]
-        target += parts[:, n][:, :, *(slice(0, size) for size in target.shape[2:-1])]
-    return made.flatten(1, -2)
-
-
-class Share(NamedTuple):
-    """What is computed at once: a block of some of the strips."""
-
-    lot: slice
-    block: Block
-    mask: Tensor  # (1 or strips of the share, R, K)
-
-
-def _shares(plan: Plan, total: int) -> Iterator[Share]:
-    """Cut a pass over `total` strips into shares whose scores fit a buffer."""
-    strips = len(plan.strips)
-    for block in plan.blocks:
-        _, rows, keys = block.mask.shape
-        many = max(1, BUDGET // max(1, rows * keys))
-        if block.mask.shape[0] == 1 or many >= strips:
-            many = many if block.mask.shape[0] == 1 else many // strips * strips
-            for p in range(0, total, many):
-                yield Share(slice(p, min(p + many, total)), block, block.mask)
-            continue
-        for p in range(0, total, strips):
-            for c in range(0, strips, many):
-                end = min(c + many, strips)
-                yield Share(slice(p + c, p + end), block, block.mask[c:end])
-
-
-class _Pass:
-    """What the forward and the backward pass over the shares have in common.
+    A grid of one axis needs none: its strips are the tensors themselves.
 
     Args:
         plan: How the grid is cut.
-        q: Queries as strips, (P strips, rows, D).
+        keys: Strips of keys, not of queries.
+        like: What is laid out, (P, S, D); P heads at a time at most.
+        lot: Heads at a time.
+    """
+
+    def __init__(self, plan: Plan, keys: bool, like: Tensor, lot: int) -> None:
+        self.plan, self.keys = plan, keys
+        self.sizes = plan.keys if keys else plan.rows
+        if plan.copies:
+            shape = (lot, len(plan.strips), plan.shape[0], *self.sizes, like.shape[2])
+            # Rows that fill up a last tile are zeros, so that nothing comes of them.
+            self.memory = like.new_zeros(shape)
+
+    def _pairs(self, grid: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """A tile of the grid (P, S, D) and its place in the memory, for each strip."""
+        x = grid.unflatten(1, self.plan.shape)
+        for n, strip in enumerate(self.plan.strips):
+            tile = x[:, :, *(cut.keys if self.keys else cut.rows for cut in strip)]
+            room = self.memory[: len(x), n]
+            yield tile, room[:, :, *(slice(0, size) for size in tile.shape[2:-1])]
+
+    def flat(self, heads: int) -> Tensor:
+        """Strips of so many heads, (heads strips, rows or keys of a strip, D)."""
+        return self.memory[:heads].flatten(2, -2).flatten(0, 1)
+
+    def load(self, x: Tensor) -> Tensor:
+        """Lay (P, S, D) out as strips."""
+        if not self.plan.copies:
+            return x
+        for tile, room in self._pairs(x):
+            room.copy_(tile)
+        return self.flat(len(x))
+
+    def blank(self, target: Tensor) -> Tensor:
+        """Strips to add to or to fill in, for `target` (P, S, D), which is zero."""
+        if not self.plan.copies:
+            return target
+        if self.keys:
+            self.memory[: len(target)].zero_()
+        return self.flat(len(target))
+
+    def store(self, target: Tensor) -> None:
+        """Bring what `blank` gave back to `target`: several strips may add to one key."""
+        if not self.plan.copies:
+            return
+        for tile, room in self._pairs(target):
+            if self.keys:
+                tile += room
+            else:
+                tile.copy_(room)
+
+
+class _Pass:
+    """What the forward and the backward pass over the blocks have in common.
+
+    Args:
+        plan: How the grid is cut.
+        q: Queries, (P, S, D).
         scale: Factor on the scores.
-        hidden: -inf at hidden keys and 0 elsewhere, as strips (P strips, keys), or None.
+        hidden: -inf at hidden keys and 0 elsewhere, (P, S), or None.
         dropout: On the weights.
         seed: Of the numbers for dropout.
-        buffers: Number of buffers.
     """
 
     def __init__(
@@ -292,109 +298,154 @@ class _Pass:
         hidden: Tensor | None,
         dropout: float,
         seed: int,
-        buffers: int,
     ) -> None:
         self.plan, self.q, self.hidden, self.dropout = plan, q, hidden, dropout
         # 2^x is faster than e^x on a CPU, so scores are counted in base 2.
         self.factor = scale * LOG2_E
         self.generator = torch.Generator(q.device)
         self.generator.manual_seed(seed)
-        shares = list(_shares(plan, q.shape[0]))
-        sizes = [self.pairs(share) for share in shares]
-        self.shares = shares
-        self.buffers = [q.new_empty(max(sizes, default=0)) for _ in range(buffers)]
+        self.pairs = max(math.prod(block.mask.shape[1:]) for block in plan.blocks)
+        strips = len(plan.strips)
+        self.lot = max(1, min(len(q), BUDGET // (self.pairs * strips)))
+        # Strips of a single head at a time where even those are too many.
+        self.many = self.lot * strips if self.lot > 1 else max(1, min(strips, BUDGET // self.pairs))
+        self.spare: dict[int, Tensor] = {}
 
-    @staticmethod
-    def pairs(share: Share) -> int:
-        """Scores of a share."""
-        return (share.lot.stop - share.lot.start) * math.prod(share.block.mask.shape[1:])
+    def room(self, like: Tensor, keys: bool) -> _Room:
+        """Memory for a lot of strips."""
+        return _Room(self.plan, keys, like, self.lot)
 
-    def tiles(self, share: Share) -> list[Tensor]:
-        """The buffers in the shape of a share, (strips, R, K)."""
-        shape = (share.lot.stop - share.lot.start, *share.block.mask.shape[1:])
-        return [x[: math.prod(shape)].view(shape) for x in self.buffers]
+    def lots(self) -> Iterator[slice]:
+        """Some heads at a time."""
+        for p in range(0, len(self.q), self.lot):
+            yield slice(p, min(p + self.lot, len(self.q)))
 
-    def start(self, tile: Tensor, share: Share, logs: Tensor | None) -> None:
-        """Fill a tile with -inf at hidden pairs and minus the logarithms of the sums elsewhere."""
-        lot, block, mask = share
+    def shares(self, total: int) -> Iterator[tuple[slice, Block, Tensor]]:
+        """Some of `total` strips, a block, and its mask for these strips."""
+        strips = len(self.plan.strips)
+        for block in self.plan.blocks:
+            for c in range(0, total, self.many):
+                share = slice(c, min(c + self.many, total))
+                whole = block.mask.shape[0] == 1 or self.many >= strips
+                yield share, block, block.mask if whole else block.mask[share]
+
+    def buffer(self, index: int, *shape: int) -> Tensor:
+        """Memory of this number in this shape, with anything in it."""
+        size = math.prod(shape)
+        held = self.spare.get(index)
+        if held is None or held.numel() < size:
+            held = self.spare[index] = self.q.new_empty(size)
+        return held[:size].view(shape)
+
+    def product(self, index: int, a: Tensor, b: Tensor) -> Tensor:
+        """Batched matrix product in the memory of this number."""
+        return torch.bmm(a, b, out=self.buffer(index, a.shape[0], a.shape[1], b.shape[2]))
+
+    def start(
+        self, tile: Tensor, mask: Tensor, hidden: Tensor | None, logs: Tensor | None
+    ) -> None:
+        """Fill a tile with -inf at hidden pairs, elsewhere with minus the logarithms of the sums.
+
+        Args:
+            tile: (strips, R, K).
+            mask: (1 or strips of a head, R, K).
+            hidden: Of the keys, (strips, K), or None.
+            logs: Of the rows, (strips, R, 1), or None.
+        """
         view = tile.view(-1, *mask.shape)
-        if self.hidden is None and logs is None:
+        if logs is None:
             view.copy_(mask)
-            return
-        if self.hidden is not None:
-            hidden = self.hidden[lot, None, block.keys]
-            torch.add(mask, hidden.view(-1, mask.shape[0], *hidden.shape[1:]), out=view)
-            if logs is not None:
-                tile.sub_(logs[lot, block.rows])
-        elif logs is not None:
-            rows = logs[lot, block.rows]
-            torch.sub(mask, rows.view(-1, mask.shape[0], *rows.shape[1:]), out=view)
+        else:
+            torch.sub(mask, logs.unflatten(0, (-1, mask.shape[0])), out=view)
+        if hidden is not None:
+            tile.add_(hidden[:, None])
 
-    def kept(self, tile: Tensor) -> Tensor:
+    def kept(self, index: int, tile: Tensor) -> Tensor:
         """Weights that dropout leaves, with their factor, the same in both passes."""
-        keep = torch.empty_like(tile).bernoulli_(1 - self.dropout, generator=self.generator)
+        keep = self.buffer(index, *tile.shape).bernoulli_(
+            1 - self.dropout, generator=self.generator
+        )
         return keep.div_(1 - self.dropout)
 
 
 def _forward(work: _Pass, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs (P strips, rows, E) and base-2 logarithms of the sums, +inf for rows without keys."""
+    """Outputs (P, S, E) and base-2 logarithms of the sums (P, S, 1), +inf for rows without keys."""
     q = work.q
     out, logs = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(*q.shape[:2], 1)
+    rooms = [work.room(x, keys) for x, keys in ((q, False), (k, True), (v, True))]
+    places = [work.room(x, False) for x in (out, logs)]
+    masks = None if work.hidden is None else work.room(work.hidden[..., None], True)
     # A score is at most |q| |k|. While that is small, its power needs no maximum subtracted first;
     # half of the exponent's range stays free for the sums.
-    longest = q.new_zeros(())
-    if q.numel() and k.numel():
-        longest = abs(work.factor) * q.norm(dim=-1).amax() * k.norm(dim=-1).amax()
+    longest = abs(work.factor) * q.norm(dim=-1).amax() * k.norm(dim=-1).amax()
     safe = bool(longest <= math.log2(torch.finfo(q.dtype).max) / 2)
-    for share in work.shares:
-        lot, block, _ = share
-        (s,) = work.tiles(share)
-        work.start(s, share, None)
-        s.baddbmm_(q[lot, block.rows], k[lot, block.keys].mT, alpha=work.factor)
-        top = None
-        if not safe:
-            top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
-            s.sub_(top)
-        total = s.exp2_().sum(-1, keepdim=True)
-        empty = None
-        if work.hidden is not None:
-            empty = total == 0
-            total.masked_fill_(empty, 1.0)
-        if work.dropout:
-            s.mul_(work.kept(s))
-        y = torch.bmm(s, v[lot, block.keys])
-        torch.div(y, total, out=out[lot, block.rows])
-        total.log2_()
-        if top is not None:
-            total += top
-        if empty is not None:
-            total.masked_fill_(empty, torch.inf)
-        logs[lot, block.rows] = total
+    for lot in work.lots():
+        rows, keys, values = (room.load(x[lot]) for room, x in zip(rooms, (q, k, v), strict=True))
+        y, sums = (place.blank(x[lot]) for place, x in zip(places, (out, logs), strict=True))
+        far = None
+        if masks is not None and work.hidden is not None:
+            far = masks.load(work.hidden[lot, :, None])[..., 0]
+        for share, block, mask in work.shares(len(rows)):
+            s = work.buffer(0, share.stop - share.start, *mask.shape[1:])
+            work.start(s, mask, None if far is None else far[share, block.keys], None)
+            s.baddbmm_(rows[share, block.rows], keys[share, block.keys].mT, alpha=work.factor)
+            top = None
+            if not safe:
+                top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
+                s.sub_(top)
+            total = s.exp2_().sum(-1, keepdim=True)
+            empty = None
+            if far is not None:
+                empty = total == 0
+                total.masked_fill_(empty, 1.0)
+            if work.dropout:
+                s.mul_(work.kept(1, s))
+            sums_here, part = sums[share, block.rows], y[share, block.rows]
+            torch.div(work.product(2, s, values[share, block.keys]), total, out=part)
+            torch.log2(total, out=sums_here)
+            if top is not None:
+                sums_here += top
+            if empty is not None:
+                sums_here.masked_fill_(empty, torch.inf)
+        for place, x in zip(places, (out, logs), strict=True):
+            place.store(x[lot])
     return out, logs
 
 
 def _backward(
     work: _Pass, k: Tensor, v: Tensor, logs: Tensor, delta: Tensor, grad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v as strips."""
+    """Gradients of q, k and v."""
     q = work.q
-    dq, dk, dv = q.new_empty(q.shape), torch.zeros_like(k), torch.zeros_like(v)
-    for share in work.shares:
-        lot, block, _ = share
-        p, ds = work.tiles(share)
-        rows, keys, g = q[lot, block.rows], k[lot, block.keys], grad[lot, block.rows]
-        work.start(p, share, logs)
-        p.baddbmm_(rows, keys.mT, alpha=work.factor).exp2_()
-        torch.bmm(g, v[lot, block.keys].mT, out=ds)
-        if work.dropout:
-            kept = work.kept(p)
-            ds.mul_(kept)
-            dv[lot, block.keys] += torch.bmm(kept.mul_(p).mT, g)
-        else:
-            dv[lot, block.keys] += torch.bmm(p.mT, g)
-        ds.sub_(delta[lot, block.rows]).mul_(p)
-        dk[lot, block.keys] += torch.bmm(ds.mT, rows)
-        dq[lot, block.rows] = torch.bmm(ds, keys)
+    dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    given = ((q, False), (k, True), (v, True), (grad, False), (logs, False), (delta, False))
+    rooms = [(work.room(x, keys), x) for x, keys in given]
+    made = [(work.room(x, keys), x) for x, keys in ((dq, False), (dk, True), (dv, True))]
+    masks = None if work.hidden is None else work.room(work.hidden[..., None], True)
+    for lot in work.lots():
+        rows, keys, values, g, sums, means = (room.load(x[lot]) for room, x in rooms)
+        drows, dkeys, dvalues = (room.blank(x[lot]) for room, x in made)
+        far = None
+        if masks is not None and work.hidden is not None:
+            far = masks.load(work.hidden[lot, :, None])[..., 0]
+        for share, block, mask in work.shares(len(rows)):
+            shape = (share.stop - share.start, *mask.shape[1:])
+            p, ds = work.buffer(0, *shape), work.buffer(1, *shape)
+            here, there = (share, block.rows), (share, block.keys)
+            work.start(p, mask, None if far is None else far[there], sums[here])
+            p.baddbmm_(rows[here], keys[there].mT, alpha=work.factor).exp2_()
+            torch.bmm(g[here], values[there].mT, out=ds)
+            weights = p
+            if work.dropout:
+                kept = work.kept(2, p)
+                ds.mul_(kept)
+                weights = kept.mul_(p)
+            dvalues[there] += work.product(3, weights.mT, g[here])
+            ds.sub_(means[here]).mul_(p)
+            dkeys[there] += work.product(3, ds.mT, rows[here])
+            drows[here] = work.product(3, ds, keys[there])
+        for room, x in made:
+            room.store(x[lot])
     return dq.mul_(scale), dk.mul_(scale), dv
 
 
@@ -408,7 +459,8 @@ def _plain(
         s = (q[:, block.rows] @ k[:, block.keys].mT) * scale
         s = (s.unflatten(0, (-1, block.mask.shape[0])) + block.mask).flatten(0, 1)
         if hidden is not None:
-            s = s + _cut(hidden[..., None], plan, True)[:, None, block.keys, 0]
+            far = _cut_plain(hidden[..., None], plan, True)
+            s = s + far[:, None, block.keys, 0]
         empty = (s == -torch.inf).all(-1, keepdim=True)
         lse = s.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True)
         outs.append((s - lse).exp().masked_fill(empty, 0.0) @ v[:, block.keys])
@@ -437,13 +489,11 @@ def _join_plain(strips: Tensor, plan: Plan) -> Tensor:
     if not plan.copies:
         return strips
     parts = strips.view(-1, len(plan.strips), plan.shape[0], *plan.rows, strips.shape[-1])
-    index = torch.arange(math.prod(plan.shape)).view(1, -1, 1)
-    order = _cut(index, plan, False).view(-1)
-    real = _cut(torch.ones_like(index), plan, False).view(-1).bool()
-    flat = parts.flatten(1, -2)
-    place = torch.empty(int(real.sum()), dtype=torch.int64)
-    place[order[real]] = torch.arange(len(real))[real]
-    return flat.index_select(1, place.to(strips.device))
+    index = torch.arange(1, 1 + math.prod(plan.shape)).view(1, -1, 1)
+    order = _Room(plan, False, index, 1).load(index).view(-1)  # 0 in rows that fill up a tile
+    place = torch.zeros(len(order) + 1, dtype=torch.int64)
+    place[order] = torch.arange(len(order))
+    return parts.flatten(1, -2).index_select(1, place[1 : index.numel() + 1].to(strips.device))
 
 
 class _Halo(torch.autograd.Function):
@@ -463,10 +513,7 @@ class _Halo(torch.autograd.Function):
         """Outputs (P, S, E) and natural logarithms of the sums (P, S, 1), -inf without keys."""
         seed = int(torch.randint(2**62, ())) if dropout else 0
         with full_precision(q):
-            far = None if hidden is None else _cut(hidden[..., None], plan, True)[..., 0]
-            cut = [_cut(x, plan, keys) for x, keys in ((q, False), (k, True), (v, True))]
-            work = _Pass(plan, cut[0], scale, far, dropout, seed, buffers=1)
-            out, logs = (_join(x, plan, False) for x in _forward(work, cut[1], cut[2]))
+            out, logs = _forward(_Pass(plan, q, scale, hidden, dropout, seed), k, v)
         ctx.save_for_backward(q, k, v, hidden, out, logs)
         ctx.plan, ctx.scale, ctx.dropout, ctx.seed = plan, scale, dropout, seed
         ctx.set_materialize_grads(False)
@@ -487,13 +534,8 @@ class _Halo(torch.autograd.Function):
             delta = (grad * out).sum(-1, keepdim=True)
             if of_lse is not None:
                 delta = delta - of_lse
-            pairs = ((q, False), (k, True), (v, True))
-            cut = [_cut(x, plan, keys) for x, keys in pairs]
-            far = None if hidden is None else _cut(hidden[..., None], plan, True)[..., 0]
-            work = _Pass(plan, cut[0], ctx.scale, far, ctx.dropout, ctx.seed, buffers=2)
-            rows = [_cut(x.contiguous(), plan, False) for x in (logs, delta, grad)]
-            found = _backward(work, cut[1], cut[2], *rows, ctx.scale)
-            back = [_join(d, plan, keys) for d, (_, keys) in zip(found, pairs, strict=True)]
+            work = _Pass(plan, q, ctx.scale, hidden, ctx.dropout, ctx.seed)
+            back = _backward(work, k, v, logs, delta, grad.contiguous(), ctx.scale)
         needed = ctx.needs_input_grad
         return (*(d if want else None for d, want in zip(back, needed, strict=False)), *nothing)
 
