@@ -270,6 +270,12 @@ class Part(nn.Module):
         Models call it on every layer; parts that share nothing between layers ignore it.
         """
 
+    def advance(self, done: float) -> None:
+        """Take note that training has done this share of its steps, from 0 to 1.
+
+        Trainers call it before every step, and before a checkpoint of that age is evaluated.
+        """
+
     def routes(self) -> tuple[Route, ...]:
         """Fast routes that this part brings, best first.
 
@@ -467,6 +473,18 @@ def build(cls: type, facts: Mapping[str, Any], options: Mapping[str, Any]) -> An
         if isinstance(wanted[name].default, bool) and not isinstance(value, bool):
             raise ZooError(f"{name}={value!r} of {cls.__name__} must be True or False")
     return cls(**{k: v for k, v in facts.items() if k in wanted}, **options)
+
+
+def advance(model: nn.Module, done: float) -> None:
+    """Tell every part of a model how much of its training is done.
+
+    Args:
+        model: Holds the parts.
+        done: Share of the steps, from 0 to 1.
+    """
+    for part in model.modules():
+        if isinstance(part, Part):
+            part.advance(done)
 
 
 def tie_layers(model: nn.Module) -> None:
