@@ -464,3 +464,91 @@ def test_tokens_that_make_no_grid():
         host({"grid": (6, 6), "kernel": 3})(draw(1, 35, 16))
     with pytest.raises(zoo.ZooError, match=r"axis 0"):
         host({"ndim": 2, "kernel": 7})(draw(1, 36, 16))
+
+
+@pytest.fixture
+def eager_flex(monkeypatch):
+    """FlexAttention without its compiler, which takes many seconds for each grid."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from zoo.select import _flex
+
+    monkeypatch.setattr(_flex, "_compiled", lambda grid: flex_attention)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel": 3, "grid": (5, 7), "prefix": 1},
+        {"kernel": (3, 2), "grid": (4, 9), "dilation": (1, 2), "stride": (2, 1)},
+        {"kernel": 5, "causal": True},
+    ],
+    ids=str,
+)
+def test_flex_by_name_without_gradients(eager_flex, options):
+    attn = zoo.create("neighborhood", 64, 4, kv_heads=2, **options)
+    x = draw(2, 36, 64, dtype=torch.float32)
+    with torch.no_grad():
+        attn.route = "flex"
+        y = attn(x)
+        attn.route = "dense"
+        assert_close(y, attn(x), "flex")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(11))  # more grids than the compiler takes for one function
+def test_flex_on_cuda(number):
+    sizes = {"grid": (9 + number, 12), "dilation": (1, 2), "prefix": number % 3}
+    attn = zoo.create("neighborhood", 64, 4, kv_heads=2, kernel=5, device="cuda", **sizes)
+    x = draw(2, (9 + number) * 12 + number % 3, 64, dtype=torch.float32).cuda()
+    attn.route = "dense"
+    expected = settle_on_cuda(attn, x)
+    attn.route = "flex"
+    for name, value in settle_on_cuda(attn, x).items():
+        gradient = name != "output"
+        assert_close(value, expected[name], name, gradient=gradient, backend="triton")
+
+
+def settle_on_cuda(attn, x):
+    x = x.clone().requires_grad_()
+    y = attn(x)
+    grads = torch.autograd.grad(y.square().sum(), [x, *attn.parameters()])
+    names = ["x", *(name for name, _ in attn.named_parameters())]
+    return {"output": y.detach(), **dict(zip(names, grads, strict=True))}
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[7]], ids=str)
+def test_the_kernel_by_name(case):
+    pytest.importorskip("triton", reason="needs Triton")
+    pytest.importorskip("zoo.kernels.neighborhood", reason="needs its kernel")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = case[0]
+    inputs = [x.to(device).requires_grad_() for x in inputs_of(shape, 2, 1, dtype=torch.float32)]
+    results = []
+    for backend in ("triton", "reference"):
+        y = neighborhood_attention(*inputs, *case, backend=backend)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert_close(a, b, f"result {i}", gradient=i > 0, backend="triton")
+    with pytest.raises(zoo.ZooError, match=r"triton.*log-sum-exp"):
+        neighborhood_attention(*inputs, *case, return_lse=True, backend="triton")
+
+
+def test_the_kernels_route_in_the_host():
+    pytest.importorskip("triton", reason="needs Triton")
+    pytest.importorskip("zoo.kernels.neighborhood", reason="needs its kernel")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"kernel": 3, "grid": (5, 7), "kv_heads": 1, "device": device}
+    attn = zoo.create("neighborhood", 32, 2, **options)
+    x = draw(1, 35, 32, dtype=torch.float32).to(device)
+    attn.route = "dense"
+    expected = settle_on_cuda(attn, x)
+    attn.route = "neighborhood_triton"
+    for name, value in settle_on_cuda(attn, x).items():
+        gradient = name != "output"
+        assert_close(value, expected[name], name, gradient=gradient, backend="triton")
+    front = zoo.create("neighborhood", 32, 2, prefix=1, **options)
+    front.route = "neighborhood_triton"
+    with pytest.raises(zoo.ZooError, match="additional keys"):
+        front(draw(1, 36, 32, dtype=torch.float32).to(device))
