@@ -237,6 +237,13 @@ class Attention(nn.Module):
                         f"{self.part_names['position']!r} adds a bias to the scores, which "
                         f"{given.name!r} cannot take; use a position that rotates or embeds"
                     )
+        if self.attend is None and self.select.biases:
+            for given in filled.values():
+                if not given.entry.traits.bias:
+                    raise CompatibilityError(
+                        f"{self.part_names['select']!r} adds a bias to the scores, which "
+                        f"{given.name!r} cannot take"
+                    )
         for part in self.socket_parts():
             reason = part.incompatible(self)
             if reason:

@@ -116,6 +116,8 @@ def _weights(parts: Parts, strip: Strip) -> Tensor:
     scores = parts.score(strip)
     if parts.position.biases:
         scores = parts.position.bias(strip, scores)
+    if parts.select.biases:
+        scores = scores + parts.select.bias(strip)
     bias = _cut(strip.call.bias, strip)
     if bias is not None:
         scores = scores + bias
@@ -142,7 +144,7 @@ def run_strip(parts: Parts, strip: Strip, fused: bool) -> Tensor:
         return nothing.to(strip.v.dtype).expand(-1, -1, -1, strip.v.shape[3])
     strip = replace(strip, mask=strip_mask(strip, parts.select))
     if fused:
-        return fused_strip(parts.position, strip)
+        return fused_strip(parts.position, strip, parts.select)
     weights = _weights(parts, strip)
     dropout = strip.call.dropout
     if dropout:
@@ -150,12 +152,15 @@ def run_strip(parts: Parts, strip: Strip, fused: bool) -> Tensor:
     return grouped_matmul(weights.to(strip.v.dtype), strip.v)
 
 
-def fused_strip(position: Position, strip: Strip) -> Tensor:
+def fused_strip(position: Position, strip: Strip, select: Select | None = None) -> Tensor:
     """One strip of dot-product softmax attention through scaled_dot_product_attention."""
     call, mask = strip.call, strip.mask
     bias = _cut(call.bias, strip)
     if position.biases:
         term = position.bias(strip, None)
+        bias = term if bias is None else bias + term
+    if select is not None and select.biases:
+        term = select.bias(strip)
         bias = term if bias is None else bias + term
     attn_mask: Tensor | None = mask
     if bias is not None:

@@ -385,10 +385,16 @@ class Select(Part):
     """Says which pairs may meet, on top of causality and the caller's mask."""
 
     kind = "select"
+    # Whether it adds `bias` to the scores; an instance may set it where an option decides.
+    biases: bool = False
 
     def change_keys(self, k: Tensor, cache: LayerCache | None, cu_seqlens: Tensor | None) -> Tensor:
         """Change the new keys (B, k_heads, N, qk_dim) before they are rotated and cached."""
         return k
+
+    def bias(self, strip: Strip) -> Tensor:
+        """Term that is added to the scores, broadcastable to (B, score_heads, R, M)."""
+        raise ZooError(f"{type(self).__name__} does not define bias")
 
     def allow(self, strip: Strip) -> Tensor | None:
         """Boolean mask broadcastable to (B, score_heads, R, M), or None for all pairs."""

@@ -202,3 +202,38 @@ def test_context_is_refused():
     attn = build(False, 4)
     with pytest.raises(zoo.ZooError, match="context"):
         attn(draw(1, 3, 12), draw(1, 5, 12))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("causal", [False, True])
+def test_flex_by_name(monkeypatch, causal):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from zoo.select import _flex
+
+    monkeypatch.setattr(_flex, "_compiled", lambda grid: flex_attention)
+    attn = zoo.create("sliding_window", 64, 4, causal=causal, window=6, kv_heads=2)
+    x = draw(2, 37, 64, dtype=torch.float32)
+    attn.route = "flex"
+    with pytest.raises(zoo.ZooError, match=r"flex.*no backward"):
+        attn(x)
+    with torch.no_grad():
+        y = attn(x)
+        attn.route = "dense"
+        assert_close(y, attn(x), "flex")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_kernel_by_name(causal):
+    pytest.importorskip("triton", reason="needs Triton")
+    pytest.importorskip("zoo.kernels.neighborhood", reason="needs its kernel")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    attn = zoo.create("sliding_window", 32, 2, causal=causal, window=6, kv_heads=1, device=device)
+    x = draw(1, 37, 32, dtype=torch.float32).to(device).requires_grad_()
+    results = []
+    for route in ("sliding_window_triton", "dense"):
+        attn.route = route
+        y = attn(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *attn.parameters()])])
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert_close(a, b, f"result {i}", gradient=i > 0, backend="triton")

@@ -8,10 +8,10 @@ itself, as in Mistral 7B (2023): W keys, of which W - 1 lie in the past. (Some p
 i - j <= W through, one key more; flash-attention calls ours ``(W - 1, 0)``.) After n layers a token
 has seen n (W - 1) + 1 tokens. While decoding, the cache holds the latest W tokens.
 
-Cost N W D per head, by two roads: the strip engine looks only at the keys of each strip's window,
-and for dot-product softmax self-attention the route "windowed" hands blocks of C queries with
-their C + W keys to scaled_dot_product_attention in one call. The blocks' keys overlap, so their
-copy takes 1 + W / C times the memory of k and v.
+Cost N W D per head, by several roads: the strip engine looks only at the keys of each strip's
+window; for dot-product softmax self-attention the route "windowed" multiplies blocks of queries
+with the keys of their windows, without a copy of either (`zoo.select._halo`). On CUDA FlexAttention
+comes first, then the Triton kernel.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.parts import Call, Select, Strip, mask_scores, repeat_heads
+from zoo.parts import Call, Select, Strip, mask_scores
 from zoo.registry import Paper, Taxonomy, Traits, register
 from zoo.routes import Route
+from zoo.select._flex import flex_windows, refuse_flex
+from zoo.select._grid import Grid
+from zoo.select._halo import halo_attention
+from zoo.select._halo_plan import Window
 
 if TYPE_CHECKING:
     from zoo.attention import Attention
-
-# Queries of a block, for windows up to `WIDE` and above: more waste pairs outside the window, fewer
-# leave the matrix products small and copy keys more often (N = 4096 on a CPU, 8 heads of 64).
-BLOCKS, WIDE = (64, 128), 128
 
 
 def reach(window: int, causal: bool) -> tuple[int, int]:
@@ -63,37 +62,6 @@ def sliding_window_reference(
     return weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0) @ v
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor | None,
-    offset: int,
-    span: tuple[int, int],
-    scale: float,
-    dropout: float,
-) -> Tensor:
-    """Softmax attention of rows (B, H, R, D), row r standing `offset` + r keys after the first.
-
-    Args:
-        q: (B, H, R, D).
-        k: (B, H, M, D).
-        v: (B, H, M, D).
-        keys: Keys not hidden, (B, M) boolean, or None.
-        offset: Index of the first row, counted from the first key.
-        span: Farthest key seen, back and ahead.
-        scale: Factor on dot products.
-        dropout: On the weights.
-    """
-    row = torch.arange(offset, offset + q.shape[2], device=q.device)
-    gap = row[:, None] - torch.arange(k.shape[2], device=q.device)
-    mask = (gap <= span[0]) & (gap >= -span[1])
-    if keys is not None:
-        mask = mask & keys[:, None, None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    return y if keys is None else y.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-
-
 def sliding_window_attention(
     q: Tensor,
     k: Tensor,
@@ -119,43 +87,26 @@ def sliding_window_attention(
         dropout: On the weights.
         block: Queries of a block; default by the window.
     """
-    block = BLOCKS[window > WIDE] if block is None else block
-    samples, heads, length, _ = q.shape
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-    keys = None if mask is None else mask[:, 0, 0].expand(samples, length)
-    span = reach(window, causal)
-    # An even number of keys runs better, so the causal blocks carry one key that all rows hide.
-    back, ahead = (window, 0) if causal else span
-    size = block + back + ahead
-    if length < size:
-        return _attend(q, k, v, keys, 0, span, scale, dropout)
-    blocks = (length - size) // block + 1
-    stop = back + blocks * block
-
-    def windows(x: Tensor) -> Tensor:
-        """Keys of every block as samples of their own, (B n, H, size, D)."""
-        return x.unfold(2, size, block).permute(0, 2, 1, 4, 3).flatten(0, 1)
-
-    first, tail = back + ahead, length - stop
-    inner = q[:, :, back:stop].unflatten(2, (blocks, block)).transpose(1, 2).flatten(0, 1)
-    inner_keys = None if keys is None else keys.unfold(1, size, block).flatten(0, 1)
-    body = _attend(inner, windows(k), windows(v), inner_keys, back, span, scale, dropout)
-    body = body.unflatten(0, (samples, blocks)).transpose(1, 2).flatten(2, 3)
-    pieces = [body]
-    if back:  # the first rows, whose windows would begin before the first key
-        head_keys = None if keys is None else keys[:, :first]
-        head = q[:, :, :back], k[:, :, :first], v[:, :, :first], head_keys
-        pieces.insert(0, _attend(*head, 0, span, scale, dropout))
-    if tail:  # the last rows, whose windows end early or that fill no block
-        cut = stop - back
-        last_keys = None if keys is None else keys[:, cut:]
-        last = q[:, :, stop:], k[:, :, cut:], v[:, :, cut:], last_keys
-        pieces.append(_attend(*last, back, span, scale, dropout))
-    return torch.cat(pieces, 2)
+    return halo_attention(
+        q,
+        k,
+        v,
+        (q.shape[2],),
+        (_rule(window, causal),),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        mask=None if mask is None else mask[:, 0, 0].expand(q.shape[0], q.shape[2]),
+        dropout=dropout,
+        sizes=None if block is None else (block,),
+    )[0]
 
 
-def _refuse(host: Attention, call: Call) -> str | None:
+def _rule(window: int, causal: bool) -> Window:
+    """The window as an interval that borders cut off."""
+    back, ahead = reach(window, causal)
+    return Window(back, ahead, causal=causal, shift=False)
+
+
+def _refuse_bias(host: Attention, call: Call) -> str | None:
     for kind, wanted in (("score", "dot"), ("normalize", "softmax")):
         found = host.part_names[kind]
         if found != wanted:
@@ -164,6 +115,17 @@ def _refuse(host: Attention, call: Call) -> str | None:
         return "it takes no bias on the scores"
     if call.q.shape[2] != call.k.shape[2] or call.q_start != call.k_start:
         return "there are cached keys"
+    return None
+
+
+def _refuse_blocks(host: Attention, call: Call) -> str | None:
+    reason = _refuse_bias(host, call)
+    if reason:
+        return reason
+    if torch.compiler.is_compiling():
+        return "its own backward is not for compilers, which take the strips whole"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func cannot look into its own backward"
     if call.mask is not None and (call.mask.shape[1] > 1 or call.mask.shape[2] > 1):
         return "its mask can hide keys only, for all heads and queries alike"
     window = _window(host)
@@ -175,6 +137,50 @@ def _refuse(host: Attention, call: Call) -> str | None:
 def _window(host: Attention) -> int:
     assert isinstance(host.select, SlidingWindow)
     return host.select.width
+
+
+def _refuse_fused(host: Attention, call: Call) -> str | None:
+    """Why neither FlexAttention nor the kernel can take a pass, or None."""
+    reason = _refuse_bias(host, call)
+    if reason:
+        return reason
+    if call.mask is not None:
+        return "it takes no mask beside the window"
+    return "it has no dropout on the weights" if call.dropout else None
+
+
+def _refuse_flex(host: Attention, call: Call) -> str | None:
+    reason = _refuse_fused(host, call)
+    return reason or refuse_flex(call.q, call.k, call.v, by_name=host.route == "flex")
+
+
+def _run_flex(host: Attention, call: Call) -> Tensor:
+    rule = _rule(_window(host), call.causal)
+    grid = Grid((call.q.shape[2],), (rule,), (1,))
+    return flex_windows(call.q, call.k, call.v, grid, call.scale)
+
+
+def _refuse_triton(host: Attention, call: Call) -> str | None:
+    reason = _refuse_fused(host, call)
+    if reason:
+        return reason
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func cannot look into its kernels"
+    if not call.q.numel():
+        return "there are no queries"
+    from zoo.kernels import refuse
+
+    return refuse(call.q, call.k, call.v, by_name=host.route == "sliding_window_triton")
+
+
+def _run_triton(host: Attention, call: Call) -> Tensor:
+    from zoo.kernels.neighborhood import neighborhood_attention
+
+    q, k, v = call.q, call.k, call.v
+    size, causal = (_window(host),), (call.causal,)
+    return neighborhood_attention(
+        q, k, v, (q.shape[2],), size, (1,), (1,), causal, call.scale, clip=True
+    )
 
 
 def _run(host: Attention, call: Call) -> Tensor:
@@ -248,8 +254,12 @@ class SlidingWindow(Select):
         return self.width if self.causal else None
 
     def routes(self) -> tuple[Route, ...]:
-        """Blocks of queries with their keys, in one fused call."""
-        return (Route("windowed", _refuse, _run),)
+        """FlexAttention and the kernel on CUDA, blocks of queries with their keys elsewhere."""
+        return (
+            Route("flex", _refuse_flex, _run_flex),
+            Route("sliding_window_triton", _refuse_triton, _run_triton),
+            Route("windowed", _refuse_blocks, _run),
+        )
 
     def extra_repr(self) -> str:
         """The option."""

@@ -1,0 +1,215 @@
+"""Blocks of queries with the halos of their keys, against the dense mask of the same windows."""
+
+from __future__ import annotations
+
+import math
+from unittest.mock import patch
+
+import pytest
+import torch
+from contract_subject import draw
+from tolerances import assert_close
+
+import zoo
+from zoo.select import _halo_plan
+from zoo.select._grid import Grid
+from zoo.select._halo import halo_attention
+from zoo.select._halo_plan import Window, make_plan
+
+ODD, EVEN, STRIDED = Window(2, 2), Window(2, 1), Window(2, 2, stride=3)
+PAST, CUT = Window(3, 0, causal=True, shift=False), Window(2, 2, shift=False)
+CASES = [
+    ((23,), (ODD,), None),
+    ((23,), (EVEN,), (5,)),
+    ((23,), (PAST,), (4,)),
+    ((24,), (STRIDED,), (7,)),
+    ((3,), (ODD,), None),  # fewer tokens than the window
+    ((1,), (ODD,), None),
+    ((9, 11), (ODD, EVEN), (4, 3)),  # last tiles that are not full
+    ((9, 11), (PAST, STRIDED), (2, 8)),
+    ((8, 8), (ODD, ODD), (4, 4)),
+    ((7, 6), (CUT, ODD), None),
+    ((3, 6, 7), (PAST, Window(1, 1), ODD), (2, 4, 5)),
+    ((2, 1, 5), (CUT, ODD, EVEN), (1, 1, 2)),
+]
+
+
+def dense(q, k, v, shape, windows, scale, mask=None):
+    """Outputs and lse by all scores; heads of k and v as many as those of q."""
+    seen = Grid(shape, windows, (1,) * len(shape)).mask()
+    if mask is not None:
+        seen = seen & mask[:, None, None]
+    scores = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
+    empty = ~seen.any(-1, keepdim=True)
+    safe = scores.masked_fill(empty, 0.0)
+    out = safe.softmax(-1).masked_fill(empty, 0.0) @ v
+    return out, safe.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
+
+
+def tensors(shape, heads=2, groups=2, size=1.0, dtype=torch.float64):
+    length = math.prod(shape)
+    q = size * draw(2, heads, length, 5, dtype=dtype)
+    k, v = (draw(2, groups, length, n, seed=s, dtype=dtype) for s, n in ((1, 5), (2, 3)))
+    return [x.requires_grad_() for x in (q, k, v)]
+
+
+def check(inputs, shape, windows, *, mask=None, sizes=None, with_lse=True):
+    found = halo_attention(*inputs, shape, windows, scale=0.4, mask=mask, sizes=sizes)
+    heads = inputs[0].shape[1]
+    wide = [zoo.parts.repeat_heads(x, heads) for x in inputs]
+    expected = dense(*wide, shape, windows, 0.4, mask)
+    assert_close(found[0], expected[0], "output")
+    rows = expected[1].isfinite()
+    assert torch.equal(found[1].isfinite(), rows)
+    assert_close(found[1][rows], expected[1][rows], "lse")
+    cotangents = [draw(*x.shape, seed=5 + i) for i, x in enumerate(expected)]
+    total = []
+    for out, lse in (found, expected):
+        loss = (out * cotangents[0]).sum()
+        if with_lse:
+            loss = loss + (lse[rows] * cotangents[1][rows]).sum()
+        total.append(torch.autograd.grad(loss, inputs))
+    for name, a, b in zip("qkv", *total, strict=True):
+        assert_close(a, b, f"gradient of {name}", gradient=True)
+
+
+@pytest.mark.parametrize("budget", [_halo_plan.BUDGET, 100])
+@pytest.mark.parametrize(("shape", "windows", "sizes"), CASES)
+def test_blocks_equal_the_dense_mask(shape, windows, sizes, budget):
+    with patch.object(_halo_plan, "BUDGET", budget):
+        check(tensors(shape), shape, windows, sizes=sizes)
+
+
+@pytest.mark.parametrize("shape", [(23,), (9, 11)])
+def test_hidden_keys_and_rows_without_keys(shape):
+    windows = (ODD,) * len(shape)
+    mask = torch.rand(2, math.prod(shape)) < 0.4
+    mask[1, : math.prod(shape) // 2] = False
+    for with_lse in (True, False):
+        check(tensors(shape), shape, windows, mask=mask, with_lse=with_lse)
+    out, lse = halo_attention(*tensors(shape), shape, windows, scale=1.0, mask=mask & False)
+    assert not out.any()
+    assert bool((lse == -torch.inf).all())
+
+
+@pytest.mark.parametrize("size", [30.0, 3000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_that_need_their_maximum(size, dtype):
+    inputs = tensors((9, 11), size=size, dtype=dtype)
+    out, _ = halo_attention(*inputs, (9, 11), (ODD, ODD), scale=0.4)
+    exact = [x.detach().double() for x in inputs]
+    expected, _ = dense(*exact, (9, 11), (ODD, ODD), 0.4)
+    assert_close(out, expected, "output", dtype=torch.float32)
+    for x in torch.autograd.grad(out.sum(), inputs):
+        assert bool(x.isfinite().all())
+
+
+def test_shared_keys_and_memory_laid_out_otherwise():
+    q, k, v = tensors((9, 11), heads=4, groups=2)
+    check([q, k, v], (9, 11), (ODD, EVEN), sizes=(4, 4))
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    a, _ = halo_attention(*turned, (9, 11), (ODD, EVEN), scale=0.4)
+    b, _ = halo_attention(q, k, v, (9, 11), (ODD, EVEN), scale=0.4)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_gradients_of_some_inputs_only(wanted):
+    inputs = tensors((6, 7))
+    every = torch.autograd.grad(
+        halo_attention(*inputs, (6, 7), (ODD, ODD), scale=0.4)[0].square().sum(), inputs
+    )
+    some = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+    y = halo_attention(*some, (6, 7), (ODD, ODD), scale=0.4)[0]
+    y.square().sum().backward()
+    for i, (x, expected) in enumerate(zip(some, every, strict=True)):
+        if i in wanted:
+            assert torch.equal(x.grad, expected)
+        else:
+            assert x.grad is None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("shape", "sizes"), [((7,), (3,)), ((3, 5), (2, 3))])
+def test_derivatives_against_finite_differences(shape, sizes, masked):
+    length = math.prod(shape)
+    inputs = [draw(1, 1, length, 2, seed=i).requires_grad_() for i in range(3)]
+    mask = torch.arange(length)[None] % 4 != 1 if masked else None
+    windows = (Window(1, 1),) * len(shape)
+
+    def run(q, k, v):
+        return halo_attention(q, k, v, shape, windows, scale=0.7, mask=mask, sizes=sizes)
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+def test_dropout_is_the_same_in_both_passes():
+    q, k, v = tensors((9, 11))
+    windows = (ODD, ODD)
+
+    def run(q, k, v):
+        torch.manual_seed(3)
+        return halo_attention(q, k, v, (9, 11), windows, scale=0.4, dropout=0.3)[0]
+
+    assert torch.equal(run(q, k, v), run(q, k, v))
+    assert torch.autograd.gradcheck(run, [x[:1, :1] for x in (q, k, v)], fast_mode=True)
+    with pytest.raises(zoo.ZooError, match="second derivative"):
+        torch.autograd.grad(run(q, k, v).sum(), q, create_graph=True)
+    torch.manual_seed(0)
+    ones = torch.ones_like(v)
+    y = halo_attention(q, k, ones, (9, 11), windows, scale=0.4, dropout=0.3)[0].detach()
+    assert float(y.std()) > 0.1
+    assert abs(float(y.mean()) - 1) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    inputs = [x.detach().to(dtype).requires_grad_() for x in tensors((9, 11))]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected, _ = dense(*exact, (9, 11), (ODD, ODD), 0.4)
+    due = torch.autograd.grad(expected.square().sum(), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = halo_attention(*inputs, (9, 11), (ODD, ODD), scale=0.4)
+        assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+        found = torch.autograd.grad(out.float().square().sum(), inputs)
+    assert_close(out, expected, "output", dtype=dtype)
+    for name, a, b in zip("qkv", found, due, strict=True):
+        assert_close(a, b, name, gradient=True, dtype=dtype)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
+def test_nothing_at_all(batch, length):
+    inputs = [draw(batch, 2, length, 3).requires_grad_() for _ in range(3)]
+    out, lse = halo_attention(*inputs, (length,), (ODD,), scale=1.0)
+    assert out.shape == (batch, 2, length, 3)
+    assert lse.shape == (batch, 2, length)
+    out.sum().backward()
+    assert all(x.grad is not None for x in inputs)
+
+
+def test_what_is_kept_for_the_backward_pass():
+    inputs = tensors((16, 16))
+    kept = []
+
+    def pack(x):
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out, lse = halo_attention(*inputs, (16, 16), (ODD, ODD), scale=0.4)
+    assert sorted(kept) == sorted([x.numel() for x in inputs] + [out.numel(), lse.numel()])
+
+
+def test_blocks_in_the_middle_share_their_mask():
+    plan = make_plan((400,), (PAST,), 8, torch.float32, torch.device("cpu"), (16,))
+    assert len({id(block.mask) for block in plan.blocks}) == 2  # the first block, and the others
+    assert {block.keys.stop - block.keys.start for block in plan.blocks} == {16, 19}
+
+
+def test_the_cost_grows_with_the_tokens():
+    pairs = []
+    for length in (1024, 2048):
+        plan = make_plan((length,), (ODD,), 4, torch.float32, torch.device("cpu"))
+        pairs.append(sum(math.prod(block.mask.shape[1:]) for block in plan.blocks))
+    assert pairs[1] < 2.1 * pairs[0]

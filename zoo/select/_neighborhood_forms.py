@@ -1,0 +1,381 @@
+"""Neighborhood attention as functions: dense, by gathering, by tiles, and as kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from zoo.errors import ZooError, unknown
+from zoo.partial import merge, partial_attention
+from zoo.parts import full_precision, mask_scores, repeat_heads
+from zoo.select._flex import flex_windows, refuse_flex
+from zoo.select._grid import Grid, window_tiles
+from zoo.select._halo_plan import Window
+
+T = TypeVar("T")
+BACKENDS = ("auto", "reference", "gather", "torch", "flex", "triton")
+
+
+def per_axis(name: str, value: T | Sequence[T], ndim: int, kind: type[T]) -> tuple[T, ...]:
+    """One value for each axis.
+
+    Raises:
+        ZooError: Another number of values, or another type.
+    """
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
+    if len(values) != ndim:
+        raise ZooError(f"{name}={value!r} has {len(values)} entries for {ndim} axes")
+    if any(type(item) is not kind for item in values):
+        raise ZooError(f"{name}={value!r} must be {kind.__name__}, one or one for each axis")
+    return values
+
+
+def make_windows(
+    kernel: tuple[int, ...], stride: tuple[int, ...], causal: tuple[bool, ...]
+) -> tuple[Window, ...]:
+    """The window of each axis: even ones reach one further back than ahead."""
+    return tuple(
+        Window(w - 1, 0, s, True, False) if c else Window(w // 2, w - w // 2 - 1, s)
+        for w, s, c in zip(kernel, stride, causal, strict=True)
+    )
+
+
+def check_sizes(
+    kernel: tuple[int, ...],
+    dilation: tuple[int, ...],
+    stride: tuple[int, ...],
+    shape: tuple[int, ...] | None,
+) -> None:
+    """Refuse windows that are none or that do not fit their grid.
+
+    Raises:
+        ZooError: Names the axis.
+    """
+    for axis, (w, d, s) in enumerate(zip(kernel, dilation, stride, strict=True)):
+        if w < 2:
+            raise ZooError(f"kernel_size={w} of axis {axis} must be at least 2")
+        if d < 1:
+            raise ZooError(f"dilation={d} of axis {axis} must be at least 1")
+        if not 1 <= s <= w:
+            raise ZooError(f"stride={s} of axis {axis} must lie between 1 and kernel_size={w}")
+        if shape is not None and w * d > shape[axis]:
+            raise ZooError(
+                f"kernel_size={w} times dilation={d} is above the {shape[axis]} tokens of axis "
+                f"{axis}"
+            )
+
+
+def make_grid(
+    shape: int | Sequence[int],
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+) -> Grid:
+    """Check the arguments of `na_mask` and `neighborhood_attention`.
+
+    Raises:
+        ZooError: As there.
+    """
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    if not 1 <= len(sizes) <= 3 or any(type(n) is not int or n < 1 for n in sizes):
+        raise ZooError(f"shape={shape!r} must be 1 to 3 whole numbers of at least 1")
+    ndim = len(sizes)
+    kernel = per_axis("kernel_size", kernel_size, ndim, int)
+    steps = per_axis("dilation", dilation, ndim, int)
+    strides = per_axis("stride", stride, ndim, int)
+    causal = per_axis("is_causal", is_causal, ndim, bool)
+    check_sizes(kernel, steps, strides, sizes)
+    return Grid(sizes, make_windows(kernel, strides, causal), steps)
+
+
+def na_mask(
+    shape: int | Sequence[int],
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+) -> Tensor:
+    """Who sees whom, (S, S) boolean: row the query, column the key, tokens in reading order.
+
+    Args:
+        shape: Lengths of the axes, 1 to 3 of them, whose product is S.
+        kernel_size: Keys of a window along each axis, at least 2.
+        dilation: Distance of neighbours along each axis.
+        stride: Queries that share a window along each axis.
+        is_causal: Whether an axis shows no later key.
+
+    Raises:
+        ZooError: A size that does not fit; the message names the axis.
+    """
+    return make_grid(shape, kernel_size, dilation, stride, is_causal).mask()
+
+
+class Inputs(NamedTuple):
+    """What a backend is given.
+
+    Args:
+        q: (B, H, S, D).
+        k: (B, G, S, D).
+        v: (B, G, S, E).
+        grid: The grid.
+        scale: Factor on dot products.
+        rpb: (H, 2 w - 1, ..), or None.
+        extra: Keys and values that every query sees, (B, G, X, D) and (B, G, X, E), or None.
+        lse: The logarithms of the rows' sums are wanted.
+        by_name: The backend was asked for by name.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grid: Grid
+    scale: float
+    rpb: Tensor | None = None
+    extra: tuple[Tensor, Tensor] | None = None
+    lse: bool = False
+    by_name: bool = False
+
+
+def _softmax(scores: Tensor, mask: Tensor, given: Inputs) -> tuple[Tensor, Tensor]:
+    """Weights of the scores in front of those of the extra keys, and the rows' logarithms."""
+    scores = mask_scores(scores, mask)
+    if given.extra is not None:
+        keys = repeat_heads(given.extra[0], given.q.shape[1])
+        scores = torch.cat([scores, (given.q @ keys.mT).to(scores.dtype) * given.scale], -1)
+    return scores.softmax(-1), scores.logsumexp(-1)
+
+
+def _add_extra(y: Tensor, weights: Tensor, given: Inputs) -> Tensor:
+    if given.extra is None:
+        return y
+    return y + weights @ repeat_heads(given.extra[1], given.q.shape[1])
+
+
+def reference(given: Inputs) -> tuple[Tensor, Tensor]:
+    """The equations with all S x S scores, any dtype."""
+    q, grid = given.q, given.grid
+    k, v = repeat_heads(given.k, q.shape[1]), repeat_heads(given.v, q.shape[1])
+    scores = (q @ k.mT) * given.scale
+    if given.rpb is not None:
+        index = torch.arange(q.shape[2], device=q.device)
+        scores = scores + given.rpb.flatten(1)[:, grid.offsets(index[:, None], index)]
+    weights, lse = _softmax(scores, grid.mask(q.device), given)
+    near = weights[..., : k.shape[2]] @ v
+    return _add_extra(near, weights[..., k.shape[2] :], given), lse
+
+
+def gather(given: Inputs) -> tuple[Tensor, Tensor]:
+    """A copy of the window's keys and values for each query: the straightforward sparse form."""
+    q, grid = given.q, given.grid
+    k, v = repeat_heads(given.k, q.shape[1]), repeat_heads(given.v, q.shape[1])
+    table, counts = grid.table(q.device)
+    near = k.index_select(2, table.flatten()).unflatten(2, table.shape)  # (B, H, S, K, D)
+    scores = torch.einsum("bhsd,bhskd->bhsk", q, near) * given.scale
+    if given.rpb is not None:
+        index = torch.arange(q.shape[2], device=q.device)[:, None]
+        scores = scores + given.rpb.flatten(1)[:, grid.offsets(index, table)]
+    weights, lse = _softmax(scores, counts, given)
+    values = v.index_select(2, table.flatten()).unflatten(2, table.shape)
+    y = torch.einsum("bhsk,bhskd->bhsd", weights[..., : table.shape[1]], values)
+    return _add_extra(y, weights[..., table.shape[1] :], given), lse
+
+
+def tiles(given: Inputs) -> tuple[Tensor, Tensor]:
+    """Tiles of queries with the halos of their keys."""
+    q, k, v, grid, scale = given[:5]
+    out, lse = window_tiles(q, k, v, grid, scale=scale)
+    if given.extra is None:
+        return out, lse
+    keys, values = (repeat_heads(x, q.shape[1]) for x in given.extra)
+    with full_precision(q):
+        far, far_lse = partial_attention(q, keys, values, scale=scale)
+        return merge([out, far.to(out.dtype)], [lse, far_lse.to(lse.dtype)])
+
+
+def kernel_tiles(given: Inputs) -> Tensor:
+    """The Triton kernel."""
+    from zoo.kernels.neighborhood import neighborhood_attention as kernel
+
+    q, k, v, grid, scale = given[:5]
+    return kernel(q, k, v, *kernel_rule(grid), scale)
+
+
+def kernel_rule(grid: Grid) -> tuple[tuple[int, ...] | tuple[bool, ...], ...]:
+    """Shape, kernel, dilation, stride and causality, as the kernel wants them."""
+    windows = grid.windows
+    return (
+        grid.shape,
+        tuple(w.width for w in windows),
+        grid.dilation,
+        tuple(w.stride for w in windows),
+        tuple(w.causal for w in windows),
+    )
+
+
+def _flex(given: Inputs) -> Tensor:
+    return flex_windows(*given[:3], given.grid, given.scale)
+
+
+def _refuse_extras(given: Inputs) -> str | None:
+    if given.rpb is not None:
+        return "it takes no relative position bias (rpb)"
+    if given.extra is not None:
+        return "it takes no additional keys"
+    return "it returns no log-sum-exp" if given.lse else None
+
+
+def refuse_kernel(given: Inputs) -> str | None:
+    """Why the Triton kernel cannot take this, or None."""
+    reason = _refuse_extras(given)
+    if reason is not None:
+        return reason
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func cannot look into its kernels"
+    for w, d, n in zip(given.grid.windows, given.grid.dilation, given.grid.shape, strict=True):
+        if w.width * d > n:
+            return f"a window of {w.width} with dilation {d} is longer than its axis of {n} tokens"
+    if not given.q.numel():
+        return "there are no queries"
+    from zoo.kernels import refuse
+
+    return refuse(given.q, given.k, given.v, by_name=given.by_name)
+
+
+def _refuse_flex(given: Inputs) -> str | None:
+    return _refuse_extras(given) or refuse_flex(*given[:3], given.by_name)
+
+
+def refuse_tiles(given: Inputs) -> str | None:
+    """Why the tiles cannot take this, or None."""
+    if given.rpb is not None:
+        return "it takes no relative position bias (rpb)"
+    if torch.compiler.is_compiling():
+        return "its own backward is not for compilers"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func cannot look into its own backward"
+    return None
+
+
+_Form = tuple[Callable[[Inputs], str | None], Callable[[Inputs], tuple[Tensor, Any]]]
+_FORMS: dict[str, _Form] = {
+    "triton": (refuse_kernel, lambda given: (kernel_tiles(given), None)),
+    "flex": (_refuse_flex, lambda given: (_flex(given), None)),
+    "torch": (refuse_tiles, tiles),
+    "gather": (lambda given: None, gather),
+    "reference": (lambda given: None, reference),
+}
+
+
+def check_rpb(kernel: Sequence[int], causal: Sequence[bool]) -> None:
+    """Refuse windows for which a relative position bias is not defined.
+
+    Raises:
+        ZooError: Names the axis.
+    """
+    for axis, (w, c) in enumerate(zip(kernel, causal, strict=True)):
+        if w % 2 == 0:
+            raise ZooError(
+                f"a relative position bias needs odd windows, but kernel_size={w} of axis {axis}"
+            )
+        if c:
+            raise ZooError(f"a relative position bias is not defined with causal axis {axis}")
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: int | Sequence[int],
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of each token of a grid to its nearest ones.
+
+    Args:
+        q: (B, H, S, D), the grid flattened in reading order.
+        k: (B, G, S, D), G dividing H.
+        v: (B, G, S, E).
+        shape: Lengths of the axes, 1 to 3 of them, whose product is S.
+        kernel_size: Keys w of a window along each axis, at least 2.
+        dilation: Distance of neighbours along each axis; w times it fits the axis.
+        stride: Queries that share a window along each axis, 1 to w.
+        is_causal: Whether an axis shows no later key.
+        scale: Factor on dot products; default ``1 / sqrt(D)``.
+        rpb: Added to the scores by the distance within the residue class, (H, 2 w - 1, ..) with an
+            axis for each of the grid's; for odd windows that are not causal.
+        additional_keys: Keys that every query sees, (B, G, X, D), in one softmax with the others.
+        additional_values: Their values, (B, G, X, E).
+        return_lse: Also return the natural logarithm of each row's sum.
+        backend: "auto" takes the Triton kernel on CUDA and tiles elsewhere; "torch" (tiles),
+            "triton", "flex", "gather" (a copy of its keys for each query) or "reference" (S x S).
+
+    Returns:
+        (B, H, S, E); with `return_lse` also (B, H, S).
+
+    Raises:
+        ZooError: An argument that does not fit, or a backend that cannot take it.
+    """
+    grid = make_grid(shape, kernel_size, dilation, stride, is_causal)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or x.shape[0] != q.shape[0] or x.shape[2] != grid.length:
+            raise ZooError(
+                f"{name} of shape {tuple(x.shape)} must be (batch, heads, {grid.length}, width) "
+                f"for the grid {grid.shape}"
+            )
+    heads, groups = q.shape[1], k.shape[1]
+    if k.shape[3] != q.shape[3] or v.shape[1] != groups or groups < 1 or heads % groups:
+        raise ZooError(
+            f"k {tuple(k.shape)} and v {tuple(v.shape)} must have the same heads, a divisor of "
+            f"the {heads} of q, and k the width {q.shape[3]} of q"
+        )
+    if rpb is not None:
+        check_rpb([w.width for w in grid.windows], [w.causal for w in grid.windows])
+        wanted = (heads, *(2 * w.width - 1 for w in grid.windows))
+        if tuple(rpb.shape) != wanted:
+            raise ZooError(f"rpb of shape {tuple(rpb.shape)} does not fit; allowed: {wanted}")
+    extra = _check_extra(q, k, v, additional_keys, additional_values)
+    if backend not in BACKENDS:
+        raise unknown("backend", backend, BACKENDS)
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+    given = Inputs(q, k, v, grid, scale, rpb, extra, return_lse, backend != "auto")
+    if backend == "auto":
+        order = ("triton", "torch", "gather")
+        backend = next(name for name in order if not _FORMS[name][0](given))
+    refuse, run = _FORMS[backend]
+    reason = refuse(given)
+    if reason:
+        raise ZooError(f"backend={backend!r} cannot take this: {reason}")
+    out, lse = run(given)
+    return (out, lse) if return_lse else out
+
+
+def _check_extra(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    if keys is None and values is None:
+        return None
+    if keys is None or values is None:
+        raise ZooError("additional_keys and additional_values belong together; one is None")
+    count = keys.shape[2] if keys.ndim == 4 else 0
+    wanted = [(q.shape[0], k.shape[1], count, x.shape[3]) for x in (k, v)]
+    if count < 1 or tuple(keys.shape) != wanted[0] or tuple(values.shape) != wanted[1]:
+        raise ZooError(
+            f"additional_keys {tuple(keys.shape)} and additional_values {tuple(values.shape)} "
+            f"must be (batch {q.shape[0]}, heads {k.shape[1]}, at least 1, width) with the widths "
+            f"{k.shape[3]} and {v.shape[3]}"
+        )
+    return keys, values
