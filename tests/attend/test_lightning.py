@@ -18,7 +18,7 @@ from zoo.attend.lightning import (
 
 CONTRACT_OPTIONS = [
     {},
-    {"variant": "tnl3", "decay": [0.5, 0.9, 0.99, 1.0]},
+    {"variant": "tnl3", "decay": 0.9},
     {"decay": None, "lrpe": True, "act": "elu", "norm": "rms", "gate": "none", "value_act": True},
 ]
 
@@ -339,3 +339,30 @@ def test_the_kernel_is_refused_with_its_reason():
     wide.route = "lightning_triton"
     with pytest.raises(zoo.ZooError, match="160 wide"):
         wide(draw(1, 5, 12, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("spec", ["lightning", "lightning(decay=None, lrpe=False)", "linear"])
+def test_the_kernel_equals_the_reference(spec):
+    pytest.importorskip("triton", reason="the kernel needs Triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    attn = build(spec=spec, dim=32, heads=2, kv_heads=1, dtype=torch.float32, device=device)
+    x = draw(1, 37, 32, dtype=torch.float32).to(device)
+    for inputs in ({}, {"cu_seqlens": torch.tensor([0, 9, 37], device=device)}):
+        attn.route = "reference"
+        expected = settle(attn, x, **inputs)
+        attn.route = f"{spec.partition('(')[0]}_triton"
+        for name, value in settle(attn, x, **inputs).items():
+            gradient = name != "output"
+            assert_close(value, expected[name], name, gradient=gradient, backend="triton")
+
+
+def test_the_functional_form_runs_the_kernel_by_name():
+    pytest.importorskip("triton", reason="the kernel needs Triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = [draw(1, 2, 37, 16, seed=i, dtype=torch.float32).to(device) for i in range(3)]
+    before = draw(1, 2, 16, 16, seed=4, dtype=torch.float32).to(device)
+    options = {"initial_state": before, "return_state": True}
+    found = lightning_attention(*tensors, [0.1, 0.9], backend="triton", **options)
+    expected = lightning_attention(*tensors, [0.1, 0.9], backend="reference", **options)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, "kernel", backend="triton")

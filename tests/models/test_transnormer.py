@@ -139,7 +139,7 @@ def test_it_is_made_by_name_and_generates():
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"mlp": 0}, "mlp=0"), ({"num_outputs": 0}, "num_outputs=0"), ({"attention": "gru"}, "'gru'")],
+    [({"mlp": 0}, "mlp=0"), ({"num_outputs": 0}, "num_outputs=0"), ({"depth": 0}, "depth=0")],
     ids=str,
 )
 def test_what_it_cannot_be_is_refused(options, named):

@@ -49,7 +49,7 @@ from zoo.linear_core import (
     parallel_linear_attention,
     recurrent_linear_attention,
 )
-from zoo.parts import Attend, Call, Layout, full_precision, repeat_heads
+from zoo.parts import Attend, Call, Layout, repeat_heads
 from zoo.position.alibi import alibi_slopes
 from zoo.registry import Paper, Taxonomy, Traits, register
 from zoo.routes import Route
@@ -206,13 +206,20 @@ def lrpe(x: Tensor, theta: Tensor, positions: Tensor) -> Tensor:
     Raises:
         ZooError: Positions that are no integers.
     """
+    return _turn(x, *_tables(theta, positions, x.dtype))
+
+
+def _tables(theta: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of all angles, (.., H, N, D)."""
     if positions.is_floating_point():
         raise ZooError(f"positions have dtype {positions.dtype}; lrpe counts in whole steps")
-    wide = torch.promote_types(x.dtype, torch.float32)
-    with full_precision(x):
-        at = positions.to(wide)[..., None, :, None]  # (.., 1, N, 1)
-        angles = at * theta.to(wide)[:, None]  # (.., H, N, D)
-        return torch.cat([x.to(wide) * angles.cos(), x.to(wide) * angles.sin()], -1)
+    wide = torch.promote_types(dtype, torch.float32)
+    angles = positions.to(wide)[..., None, :, None] * theta.to(wide)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.cat([x * cos, x * sin], -1)  # as precise as the tables
 
 
 def decay_slopes(
@@ -418,7 +425,9 @@ class Lightning(Attend):
         shape = y.shape
         y = y.flatten(2)
         if self.norm is not None:
-            y = self.norm(y)
+            # Under autocast the heads may be half as wide as the weights.
+            weight = next(self.norm.parameters())
+            y = self.norm(y.to(torch.promote_types(y.dtype, weight.dtype)))
         elif self.norm_kind == "srms":
             y = srms_norm(y)
         if self.gate is not None:
@@ -438,9 +447,9 @@ class Lightning(Attend):
         if self.theta is not None:
             heads = q.shape[1]
             k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-            q, k = (
-                lrpe(x, self.theta, at).to(v.dtype) for x, at in ((q, call.q_pos), (k, call.k_pos))
-            )
+            # Queries and keys are the same tokens, so one set of tables does for both.
+            tables = _tables(self.theta, call.q_pos, v.dtype)
+            q, k = (_turn(x, *tables).to(v.dtype) for x in (q, k))
         if call.mask is not None:
             hidden = ~call.mask[:, 0, 0, :, None].unsqueeze(1)
             k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)

@@ -24,12 +24,9 @@ from torch import Tensor, nn
 from zoo.attend.lightning import EPS, srms_norm
 from zoo.cache import LayerCache
 from zoo.errors import ZooError
-from zoo.factory import create
 from zoo.models import model
 from zoo.models.decoder_lm import DecoderLM
-from zoo.parts import Part, tie_layers
-from zoo.registry import info
-from zoo.spec import layout, parse
+from zoo.parts import Part
 
 STD = 0.02
 
@@ -164,43 +161,34 @@ class TransNormer(DecoderLM):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)
-        if vocab_size < 1:
-            raise ZooError(f"vocab_size={vocab_size!r} must be at least 1")
-        if num_outputs is not None and num_outputs < 1:
-            raise ZooError(f"num_outputs={num_outputs!r} must be at least 1, or None for logits")
         if mlp <= 0:
             raise ZooError(f"mlp={mlp!r} must be a positive ratio")
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.vocab_size, self.num_outputs, self.max_len = vocab_size, num_outputs, max_len
-        self.specs, embedding = self._specs(layout(attention, depth, layers), "none")
-        self.embedding = nn.Embedding(vocab_size, dim, **made)
-        self.position = self._embedding_position(embedding, dim, max_len, made)
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList()
-        facts: dict[str, Any] = {"kv_heads": kv_heads, "head_dim": head_dim, "dropout": dropout}
-        for i, spec in enumerate(self.specs):
-            entry = info(parse(spec)[0].name)
-            if entry.kind == "mixer":
-                raise ZooError(f"{entry.name!r} is a whole module; a TNL block takes parts only")
-            attn = create(
-                spec,
-                dim=dim,
-                heads=heads,
-                causal=True,
-                depth=i,
-                layers=depth,
-                max_len=max_len,
-                **facts,
-                **made,
-            )
-            self.blocks.append(TNLBlock(dim, attn, max(1, round(mlp * dim)), dropout, **made))
-        tie_layers(self)
+        super().__init__(
+            vocab_size,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            attention=attention,
+            layers=layers,
+            position="none",
+            max_len=max_len,
+            mlp=0,
+            dropout=dropout,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            tie=tie,
+            num_outputs=num_outputs,
+            device=device,
+            dtype=dtype,
+        )
+        hidden = max(1, round(mlp * dim))
+        mixers = [block.attn for block in self.blocks]
+        self.blocks = nn.ModuleList(
+            TNLBlock(dim, mixer, hidden, dropout, device, dtype)  # type: ignore[arg-type]
+            for mixer in mixers
+        )
         self.norm = SRMSNorm()
-        self.head = nn.Linear(dim, num_outputs or vocab_size, bias=False, **made)
         self.init_weights()
-        if tie and num_outputs is None:
-            self.head.weight = self.embedding.weight
 
     def init_weights(self) -> None:
         """Normal with standard deviation 0.02; parts that start in a way of their own keep it."""
