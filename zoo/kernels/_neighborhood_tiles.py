@@ -1,0 +1,330 @@
+"""Boxes of tokens for neighborhood attention: windows, their inverse, and the tiles that cover them.
+
+Everything is counted in coordinates of a residue class: on an axis of X tokens with dilation d the
+tokens g, g + d, g + 2 d, .. form class g, of length ceil((X - g) / d), and tokens of different
+classes never meet. First and last key of a window never fall as the query's coordinate rises, on
+every axis and by every rule. So the keys that a box of queries sees, the keys that each of them
+sees, and the queries that see a box of keys are boxes too, and two corners tell them.
+
+Inside kernels, places are tuples of three; shorter grids have leading axes of one token.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+Three = tuple[int, int, int]
+
+
+class Rule(NamedTuple):
+    """Who meets whom, and the boxes that are visited; compiled into the kernels.
+
+    Args:
+        kernel: Keys W of a window on each axis.
+        dilation: Distance of neighbors.
+        stride: Queries that share a window.
+        causal: Axes on which no query sees ahead.
+        clip: Windows are cut at the border instead of shifted.
+        axes: Axes that have more than one token; the last ones.
+        rows: Sides of a box of queries, powers of two.
+        keys: Sides of a box of keys.
+        full: Whether a box of keys can lie inside the windows of all queries of a box.
+    """
+
+    kernel: Three
+    dilation: Three
+    stride: Three
+    causal: tuple[bool, bool, bool]
+    clip: bool
+    axes: int
+    rows: Three = (1, 1, 1)
+    keys: Three = (1, 1, 1)
+    full: bool = True
+
+
+@triton.jit
+def window(i, length, RULE: tl.constexpr, A: tl.constexpr):
+    """First and last key that query i sees on axis A."""
+    W: tl.constexpr = RULE.kernel[A]
+    S: tl.constexpr = RULE.stride[A]
+    leader = i
+    if RULE.causal[A]:
+        if S > 1:
+            leader = tl.minimum(i // S * S + S - 1, length - 1)
+        first = tl.maximum(leader - (W - 1), 0)
+        last = i
+    elif RULE.clip:
+        first = tl.maximum(i - W // 2, 0)
+        last = tl.minimum(i + W // 2, length - 1)
+    else:
+        if S > 1:
+            leader = tl.minimum(i // S * S + S // 2, length - 1)
+        # An even window reaches one key further back than ahead.
+        centre = tl.minimum(tl.maximum(leader, W // 2), length - 1 - (W - 1) // 2)
+        first = centre - W // 2
+        last = centre + (W - 1) // 2
+    return first, last
+
+
+@triton.jit
+def first_query(j, length, RULE: tl.constexpr, A: tl.constexpr):
+    """First query on axis A whose window reaches key j or beyond."""
+    W: tl.constexpr = RULE.kernel[A]
+    S: tl.constexpr = RULE.stride[A]
+    if RULE.causal[A]:
+        i = j
+    elif RULE.clip:
+        i = tl.maximum(j - W // 2, 0)
+    else:
+        leader = j - (W - 1) // 2  # the least one that sees j
+        i = tl.maximum(leader, 0)
+        if S > 1:
+            i = tl.maximum(leader - S // 2 + S - 1, 0) // S * S
+        i = tl.where(leader <= W // 2, 0, i)  # windows at the border are shifted
+    return i
+
+
+@triton.jit
+def last_query(j, length, RULE: tl.constexpr, A: tl.constexpr):
+    """Last query on axis A whose window begins at key j or before."""
+    W: tl.constexpr = RULE.kernel[A]
+    S: tl.constexpr = RULE.stride[A]
+    if RULE.causal[A]:
+        i = j + W - 1
+        if S > 1:
+            i = tl.where(i >= length - 1, i, (j + W) // S * S - 1)
+    elif RULE.clip:
+        i = j + W // 2
+    else:
+        leader = j + W // 2  # the greatest one that sees j
+        i = leader
+        if S > 1:
+            i = (leader - S // 2) // S * S + S - 1
+        i = tl.where(leader >= length - 1 - (W - 1) // 2, length - 1, i)
+    return tl.minimum(i, length - 1)
+
+
+@triton.jit
+def cover(first, last, inner_first, inner_last, SIDE: tl.constexpr):
+    """Tiles from `first` to `last`: (`first`, how many, the first full one, how many are full).
+
+    Full tiles lie between `inner_first` and `inner_last`.
+    """
+    count = tl.maximum(last - first + SIDE, 0) // SIDE
+    skip = tl.maximum(inner_first - first + SIDE - 1, 0) // SIDE
+    full = tl.maximum(tl.maximum(inner_last - first + 1, 0) // SIDE - skip, 0)
+    return first, count, skip, full
+
+
+@triton.jit
+def keys_of(i, length, RULE: tl.constexpr, A: tl.constexpr):
+    """Tiles of keys that are seen by a box of queries that begins at i on axis A, as in `cover`."""
+    last = tl.minimum(i + RULE.rows[A], length) - 1
+    outer_first, inner_last = window(i, length, RULE, A)
+    inner_first, outer_last = window(last, length, RULE, A)
+    return cover(outer_first, outer_last, inner_first, inner_last, RULE.keys[A])
+
+
+@triton.jit
+def queries_of(j, length, RULE: tl.constexpr, A: tl.constexpr):
+    """Tiles of queries that see into a box of keys that begins at j on axis A, as in `cover`."""
+    last = tl.minimum(j + RULE.keys[A], length) - 1
+    outer_first = first_query(j, length, RULE, A)
+    outer_last = last_query(last, length, RULE, A)
+    inner_first = first_query(last, length, RULE, A)
+    inner_last = last_query(j, length, RULE, A)
+    return cover(outer_first, outer_last, inner_first, inner_last, RULE.rows[A])
+
+
+@triton.jit
+def full_tiles(a, b, c, RULE: tl.constexpr):
+    """Number of tiles that are full on three axes, each as in `cover`."""
+    count = a[3] * b[3] * c[3]
+    if not RULE.full:
+        count = 0
+    return count
+
+
+@triton.jit
+def full_tile(t, a, b, c):
+    """Number of tile t among the full ones, on each axis."""
+    return a[2] + t // (b[3] * c[3]), b[2] + t // c[3] % b[3], c[2] + t % c[3]
+
+
+@triton.jit
+def other_tile(t, a, b, c, RULE: tl.constexpr):
+    """Number of tile t among the ones that are not full, on each axis.
+
+    First come the planes that miss the box of full tiles, then of the other planes the lines that
+    miss it, then the ends of the lines that cross it.
+    """
+    if not RULE.full:
+        p, q, r = t // (b[1] * c[1]), t // c[1] % b[1], t % c[1]
+    elif RULE.axes == 1:
+        p, q, r = 0, 0, t + tl.where(t >= c[2], c[3], 0)
+    else:
+        planes = (a[1] - a[3]) * b[1] * c[1]
+        lines = a[3] * (b[1] - b[3]) * c[1]
+        p0, q0, r0 = t // (b[1] * c[1]), t // c[1] % b[1], t % c[1]
+        p0 += tl.where(p0 >= a[2], a[3], 0)
+        # A part may be empty where t is in another one, so divisors are at least one.
+        t1 = t - planes
+        across = tl.maximum(b[1] - b[3], 1)
+        p1, q1, r1 = a[2] + t1 // (across * c[1]), t1 // c[1] % across, t1 % c[1]
+        q1 += tl.where(q1 >= b[2], b[3], 0)
+        t2 = t1 - lines
+        ends = tl.maximum(c[1] - c[3], 1)
+        inside = tl.maximum(b[3], 1)
+        p2, q2, r2 = a[2] + t2 // (ends * inside), b[2] + t2 // ends % inside, t2 % ends
+        r2 += tl.where(r2 >= c[2], c[3], 0)
+        p = tl.where(t < planes, p0, tl.where(t1 < lines, p1, p2))
+        q = tl.where(t < planes, q0, tl.where(t1 < lines, q1, q2))
+        r = tl.where(t < planes, r0, tl.where(t1 < lines, r1, r2))
+    return p, q, r
+
+
+@triton.jit
+def part(u, size, DILATION: tl.constexpr, SIDE: tl.constexpr):
+    """Tile u of an axis of `size` tokens: (residue class, its length, first coordinate)."""
+    tiles = tl.maximum(tl.cdiv(tl.cdiv(size, DILATION), SIDE), 1)
+    g = u // tiles
+    return g, tl.cdiv(size - g, DILATION), u % tiles * SIDE
+
+
+@triton.jit
+def locate(pid, shape, RULE: tl.constexpr, BOX: tl.constexpr):
+    """The box of a program: (what remains of its number, classes, lengths, first coordinates)."""
+    n0 = tl.cdiv(tl.cdiv(shape[0], RULE.dilation[0]), BOX[0]) * RULE.dilation[0]
+    n1 = tl.cdiv(tl.cdiv(shape[1], RULE.dilation[1]), BOX[1]) * RULE.dilation[1]
+    n2 = tl.cdiv(tl.cdiv(shape[2], RULE.dilation[2]), BOX[2]) * RULE.dilation[2]
+    a = part(pid // (n1 * n2) % n0, shape[0], RULE.dilation[0], BOX[0])
+    b = part(pid // n2 % n1, shape[1], RULE.dilation[1], BOX[1])
+    c = part(pid % n2, shape[2], RULE.dilation[2], BOX[2])
+    return pid // (n0 * n1 * n2), (a[0], b[0], c[0]), (a[1], b[1], c[1]), (a[2], b[2], c[2])
+
+
+@triton.jit
+def coordinates(corner, BOX: tl.constexpr):
+    """Coordinates of the tokens of a box, the last axis fastest."""
+    r = tl.arange(0, BOX[0] * BOX[1] * BOX[2])
+    x, y, z = r // (BOX[1] * BOX[2]), r // BOX[2] % BOX[1], r % BOX[2]
+    return corner[0] + x, corner[1] + y, corner[2] + z
+
+
+@triton.jit
+def tokens(at, residue, shape, length, RULE: tl.constexpr):
+    """Numbers of the tokens at some coordinates, row by row of the grid, and which of them exist.
+
+    The numbers are int64, since they are multiplied by strides.
+    """
+    x = (at[0] * RULE.dilation[0] + residue[0]).to(tl.int64)
+    y = at[1] * RULE.dilation[1] + residue[1]
+    z = at[2] * RULE.dilation[2] + residue[2]
+    exist = (at[0] < length[0]) & (at[1] < length[1]) & (at[2] < length[2])
+    return (x * shape[1] + y) * shape[2] + z, exist
+
+
+@triton.jit
+def meet(row, key, length, RULE: tl.constexpr):
+    """Which queries see which keys, for coordinates that broadcast against each other."""
+    first, last = window(row[2], length[2], RULE, 2)
+    mask = (key[2] >= first) & (key[2] <= last)
+    if RULE.axes > 1:
+        first, last = window(row[1], length[1], RULE, 1)
+        mask = mask & (key[1] >= first) & (key[1] <= last)
+    if RULE.axes > 2:
+        first, last = window(row[0], length[0], RULE, 0)
+        mask = mask & (key[0] >= first) & (key[0] <= last)
+    return mask
+
+
+@triton.jit
+def load(x, token, stride, exist, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of tokens, (tokens, BLOCK), zeros where they do not exist; FULL says that all do."""
+    column = tl.arange(0, BLOCK)[None, :]
+    where = x + token[:, None] * stride + column
+    if FULL and WIDTH == BLOCK:
+        tile = tl.load(where)
+    elif FULL:
+        tile = tl.load(where, mask=column < WIDTH, other=0.0)
+    else:
+        tile = tl.load(where, mask=exist[:, None] & (column < WIDTH), other=0.0)
+    return tile
+
+
+@triton.jit
+def store(x, token, stride, exist, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the rows that exist of a tile, (tokens, BLOCK)."""
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = exist[:, None] & (column < WIDTH)
+    tl.store(x + token[:, None] * stride + column, tile.to(x.dtype.element_ty), mask=mask)
+
+
+def widths(rule: Rule) -> list[int]:
+    """Most keys of a window on each axis."""
+    centred = (rule.clip and not causal for causal in rule.causal)
+    return [w // 2 * 2 + 1 if c else w for w, c in zip(rule.kernel, centred, strict=True)]
+
+
+def count_tiles(shape: tuple[int, ...], rule: Rule, box: Three) -> int:
+    """Boxes that cover the grid, in every residue class."""
+    each = zip(shape, rule.dilation, box, strict=True)
+    return math.prod(-(-(-(-x // d)) // side) * d for x, d, side in each)
+
+
+@lru_cache
+def count_pairs(shape: tuple[int, ...], rule: Rule) -> int:
+    """Pairs of a query and a key that meet."""
+
+    def one_axis(a: int) -> int:
+        w, d, s, total = rule.kernel[a], rule.dilation[a], rule.stride[a], 0
+        for g in range(min(d, shape[a])):
+            length = -(-(shape[a] - g) // d)
+            if rule.causal[a]:
+                leaders = [min(i // s * s + s - 1, length - 1) for i in range(length)]
+                total += sum(i - max(0, e - w + 1) + 1 for i, e in enumerate(leaders))
+            elif rule.clip:
+                ends = (min(i + w // 2, length - 1) for i in range(length))
+                total += sum(e - max(0, i - w // 2) + 1 for i, e in enumerate(ends))
+            else:
+                total += length * w
+        return total
+
+    return math.prod(one_axis(a) for a in range(3))
+
+
+@lru_cache
+def with_boxes(shape: tuple[int, ...], rule: Rule, rows: int, keys: int) -> Rule:
+    """The rule with those boxes of so many queries and keys that visit the fewest pairs.
+
+    Args:
+        shape: Tokens of the grid, three numbers.
+        rule: Its boxes are ignored.
+        rows: Queries of a box, a power of two.
+        keys: Keys of a box, a power of two.
+    """
+    width = widths(rule)
+
+    def cost(a: int, side: int, other: int) -> int:
+        length = -(-shape[a] // rule.dilation[a])
+        shared = rule.stride[a] if side % rule.stride[a] == 0 else 1
+        seen = min(width[a] + side - shared, length)
+        return -(-length // side) * side * -(-seen // other) * other
+
+    def boxes(volume: int) -> list[Three]:
+        powers = [1 << e for e in range(volume.bit_length())]
+        every = [(a, b, volume // (a * b)) for a in powers for b in powers if a * b <= volume]
+        return [box for box in every if all(side == 1 for side in box[: 3 - rule.axes])]
+
+    def order(choice: tuple[Three, Three]) -> tuple[int, int, int]:
+        pairs = math.prod(cost(a, choice[0][a], choice[1][a]) for a in range(3))
+        return pairs, -choice[1][2], -choice[0][2]  # of equals, lines that are long in memory
+
+    best = min(((r, k) for r in boxes(rows) for k in boxes(keys)), key=order)
+    full = all(side <= most for side, most in zip(best[1], width, strict=True))
+    return rule._replace(rows=best[0], keys=best[1], full=full)
