@@ -122,51 +122,50 @@ def cover(first, last, inner_first, inner_last, SIDE: tl.constexpr):
 
 
 @triton.jit
-def keys_of(i, length, RULE: tl.constexpr, A: tl.constexpr):
-    """Tiles of keys that are seen by a box of queries that begins at i on axis A, as in `cover`."""
-    last = tl.minimum(i + RULE.rows[A], length) - 1
-    outer_first, inner_last = window(i, length, RULE, A)
-    inner_first, outer_last = window(last, length, RULE, A)
+def keys_of(corner, length, RULE: tl.constexpr, A: tl.constexpr):
+    """Tiles of keys that are seen by a box of queries, on axis A, as in `cover`."""
+    if A < 3 - RULE.axes:
+        return 0, 1, 0, 1
+    last = tl.minimum(corner[A] + RULE.rows[A], length[A]) - 1
+    outer_first, inner_last = window(corner[A], length[A], RULE, A)
+    inner_first, outer_last = window(last, length[A], RULE, A)
     return cover(outer_first, outer_last, inner_first, inner_last, RULE.keys[A])
 
 
 @triton.jit
-def queries_of(j, length, RULE: tl.constexpr, A: tl.constexpr):
-    """Tiles of queries that see into a box of keys that begins at j on axis A, as in `cover`."""
-    last = tl.minimum(j + RULE.keys[A], length) - 1
-    outer_first = first_query(j, length, RULE, A)
-    outer_last = last_query(last, length, RULE, A)
-    inner_first = first_query(last, length, RULE, A)
-    inner_last = last_query(j, length, RULE, A)
+def queries_of(corner, length, RULE: tl.constexpr, A: tl.constexpr):
+    """Tiles of queries that see into a box of keys, on axis A, as in `cover`."""
+    if A < 3 - RULE.axes:
+        return 0, 1, 0, 1
+    first, last = corner[A], tl.minimum(corner[A] + RULE.keys[A], length[A]) - 1
+    outer_first = first_query(first, length[A], RULE, A)
+    outer_last = last_query(last, length[A], RULE, A)
+    inner_first = first_query(last, length[A], RULE, A)
+    inner_last = last_query(first, length[A], RULE, A)
     return cover(outer_first, outer_last, inner_first, inner_last, RULE.rows[A])
 
 
 @triton.jit
-def full_tiles(a, b, c, RULE: tl.constexpr):
-    """Number of tiles that are full on three axes, each as in `cover`."""
-    count = a[3] * b[3] * c[3]
-    if not RULE.full:
-        count = 0
-    return count
-
-
-@triton.jit
-def full_tile(t, a, b, c):
-    """Number of tile t among the full ones, on each axis."""
+def full_tile(t, a, b, c, RULE: tl.constexpr):
+    """Number of tile t among the full ones, on each axis; a, b, c as in `cover`."""
+    if RULE.axes == 1:
+        return 0, 0, c[2] + t
     return a[2] + t // (b[3] * c[3]), b[2] + t // c[3] % b[3], c[2] + t % c[3]
 
 
 @triton.jit
 def other_tile(t, a, b, c, RULE: tl.constexpr):
-    """Number of tile t among the ones that are not full, on each axis.
+    """Number of tile t among the ones that are not full, on each axis; a, b, c as in `cover`.
 
     First come the planes that miss the box of full tiles, then of the other planes the lines that
     miss it, then the ends of the lines that cross it.
     """
-    if not RULE.full:
+    if RULE.axes == 1:
+        p, q, r = 0, 0, t
+        if RULE.full:
+            r = t + tl.where(t >= c[2], c[3], 0)
+    elif not RULE.full:
         p, q, r = t // (b[1] * c[1]), t // c[1] % b[1], t % c[1]
-    elif RULE.axes == 1:
-        p, q, r = 0, 0, t + tl.where(t >= c[2], c[3], 0)
     else:
         planes = (a[1] - a[3]) * b[1] * c[1]
         lines = a[3] * (b[1] - b[3]) * c[1]
@@ -189,62 +188,87 @@ def other_tile(t, a, b, c, RULE: tl.constexpr):
 
 
 @triton.jit
-def part(u, size, DILATION: tl.constexpr, SIDE: tl.constexpr):
-    """Tile u of an axis of `size` tokens: (residue class, its length, first coordinate)."""
-    tiles = tl.maximum(tl.cdiv(tl.cdiv(size, DILATION), SIDE), 1)
-    g = u // tiles
-    return g, tl.cdiv(size - g, DILATION), u % tiles * SIDE
+def pop_axis(number, size, BOX: tl.constexpr, RULE: tl.constexpr, A: tl.constexpr):
+    """Take the box on axis A from its number: (what remains, class, its length, corner)."""
+    if A < 3 - RULE.axes:
+        return number, 0, 1, 0
+    D: tl.constexpr = RULE.dilation[A]
+    SIDE: tl.constexpr = BOX[A]
+    boxes = ((size + D - 1) // D + SIDE - 1) // SIDE
+    u = number % (boxes * D)
+    g = u // boxes
+    return number // (boxes * D), g, (size - g + D - 1) // D, u % boxes * SIDE
 
 
 @triton.jit
-def locate(pid, shape, RULE: tl.constexpr, BOX: tl.constexpr):
-    """The box of a program: (what remains of its number, classes, lengths, first coordinates)."""
-    n0 = tl.cdiv(tl.cdiv(shape[0], RULE.dilation[0]), BOX[0]) * RULE.dilation[0]
-    n1 = tl.cdiv(tl.cdiv(shape[1], RULE.dilation[1]), BOX[1]) * RULE.dilation[1]
-    n2 = tl.cdiv(tl.cdiv(shape[2], RULE.dilation[2]), BOX[2]) * RULE.dilation[2]
-    a = part(pid // (n1 * n2) % n0, shape[0], RULE.dilation[0], BOX[0])
-    b = part(pid // n2 % n1, shape[1], RULE.dilation[1], BOX[1])
-    c = part(pid % n2, shape[2], RULE.dilation[2], BOX[2])
-    return pid // (n0 * n1 * n2), (a[0], b[0], c[0]), (a[1], b[1], c[1]), (a[2], b[2], c[2])
+def locate(number, shape, BOX: tl.constexpr, RULE: tl.constexpr):
+    """The box of a program: (number of sample and head, classes, lengths, corner, inside).
+
+    Classes are of unequal length where a dilation does not divide an axis: `inside` is False for
+    the boxes that only longer classes have.
+    """
+    number, g2, l2, c2 = pop_axis(number, shape[2], BOX, RULE, 2)
+    number, g1, l1, c1 = pop_axis(number, shape[1], BOX, RULE, 1)
+    number, g0, l0, c0 = pop_axis(number, shape[0], BOX, RULE, 0)
+    inside = c2 < l2
+    if RULE.axes > 1:
+        inside = inside & (c1 < l1)
+    if RULE.axes > 2:
+        inside = inside & (c0 < l0)
+    return number, (g0, g1, g2), (l0, l1, l2), (c0, c1, c2), inside
 
 
 @triton.jit
-def coordinates(corner, BOX: tl.constexpr):
-    """Coordinates of the tokens of a box, the last axis fastest."""
-    r = tl.arange(0, BOX[0] * BOX[1] * BOX[2])
-    x, y, z = r // (BOX[1] * BOX[2]), r // BOX[2] % BOX[1], r % BOX[2]
-    return corner[0] + x, corner[1] + y, corner[2] + z
-
-
-@triton.jit
-def tokens(at, residue, shape, length, RULE: tl.constexpr):
-    """Numbers of the tokens at some coordinates, row by row of the grid, and which of them exist.
+def tokens(corner, classes, shape, length, BOX: tl.constexpr, RULE: tl.constexpr):
+    """Tokens of a box, last axis fastest: (coordinates, numbers in the grid, which ones exist).
 
     The numbers are int64, since they are multiplied by strides.
     """
-    x = (at[0] * RULE.dilation[0] + residue[0]).to(tl.int64)
-    y = at[1] * RULE.dilation[1] + residue[1]
-    z = at[2] * RULE.dilation[2] + residue[2]
-    exist = (at[0] < length[0]) & (at[1] < length[1]) & (at[2] < length[2])
-    return (x * shape[1] + y) * shape[2] + z, exist
+    r = tl.arange(0, BOX[0] * BOX[1] * BOX[2])
+    x, y, z = corner
+    z += r % BOX[2]
+    token = (z * RULE.dilation[2] + classes[2]).to(tl.int64)
+    exist = z < length[2]
+    if RULE.axes > 1:
+        y += r // BOX[2] % BOX[1]
+        token += (y * RULE.dilation[1] + classes[1]).to(tl.int64) * shape[2]
+        exist = exist & (y < length[1])
+    if RULE.axes > 2:
+        x += r // (BOX[1] * BOX[2])
+        token += (x * RULE.dilation[0] + classes[0]).to(tl.int64) * shape[1] * shape[2]
+        exist = exist & (x < length[0])
+    return (x, y, z), token, exist
 
 
 @triton.jit
-def meet(row, key, length, RULE: tl.constexpr):
-    """Which queries see which keys, for coordinates that broadcast against each other."""
-    first, last = window(row[2], length[2], RULE, 2)
-    mask = (key[2] >= first) & (key[2] <= last)
-    if RULE.axes > 1:
-        first, last = window(row[1], length[1], RULE, 1)
-        mask = mask & (key[1] >= first) & (key[1] <= last)
-    if RULE.axes > 2:
-        first, last = window(row[0], length[0], RULE, 0)
-        mask = mask & (key[0] >= first) & (key[0] <= last)
+def box(number, first, classes, shape, length, BOX: tl.constexpr, RULE: tl.constexpr):
+    """`tokens` of the box that stands so many boxes after `first` on each axis."""
+    x, y, z = number
+    corner = first[0] + x * BOX[0], first[1] + y * BOX[1], first[2] + z * BOX[2]
+    return tokens(corner, classes, shape, length, BOX, RULE)
+
+
+@triton.jit
+def meet(row, key, length, TURNED: tl.constexpr, RULE: tl.constexpr):
+    """Which queries see which keys, (queries, keys), TURNED (keys, queries)."""
+    for A in tl.static_range(2, 2 - RULE.axes, -1):
+        first, last = window(row[A], length[A], RULE, A)
+        if TURNED:
+            near = (key[A][:, None] >= first[None, :]) & (key[A][:, None] <= last[None, :])
+        else:
+            near = (key[A][None, :] >= first[:, None]) & (key[A][None, :] <= last[:, None])
+        if A == 2:
+            mask = near
+        else:
+            mask = mask & near
     return mask
 
 
 @triton.jit
-def load(x, token, stride, exist, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def load(
+    x, token, stride, exist, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
     """Rows of tokens, (tokens, BLOCK), zeros where they do not exist; FULL says that all do."""
     column = tl.arange(0, BLOCK)[None, :]
     where = x + token[:, None] * stride + column
@@ -254,6 +278,8 @@ def load(x, token, stride, exist, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK
         tile = tl.load(where, mask=column < WIDTH, other=0.0)
     else:
         tile = tl.load(where, mask=exist[:, None] & (column < WIDTH), other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
     return tile
 
 

@@ -33,11 +33,10 @@ from zoo.errors import ZooError
 from zoo.kernels import refuse
 from zoo.kernels._neighborhood_tiles import (
     Rule,
-    coordinates,
+    box,
     count_pairs,
     count_tiles,
     full_tile,
-    full_tiles,
     keys_of,
     load,
     locate,
@@ -79,39 +78,9 @@ class Head(NamedTuple):
 
 
 @triton.jit
-def _dot(a, b, HEAD: tl.constexpr):
+def _product(a, b, HEAD: tl.constexpr):
     zero = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
     return tl.dot(a, b, zero, input_precision=HEAD.precision)
-
-
-@triton.jit
-def _tile(x, token, stride, exist, FULL: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr):
-    BLOCK: tl.constexpr = HEAD.block_d if WIDTH == HEAD.d else HEAD.block_e
-    tile = load(x, token, stride, exist, FULL, WIDTH, BLOCK)
-    if HEAD.upcast:
-        tile = tile.to(tl.float32)
-    return tile
-
-
-@triton.jit
-def _place(number, first, residue, shape, length, RULE: tl.constexpr, BOX: tl.constexpr):
-    """Coordinates, tokens and existence of the box that stands so many boxes after the first."""
-    corner = (
-        first[0] + number[0] * BOX[0],
-        first[1] + number[1] * BOX[1],
-        first[2] + number[2] * BOX[2],
-    )
-    at = coordinates(corner, BOX)
-    token, exist = tokens(at, residue, shape, length, RULE)
-    return at, token, exist
-
-
-@triton.jit
-def _meet(row, key, length, RULE: tl.constexpr):
-    """(queries, keys)."""
-    down = (row[0][:, None], row[1][:, None], row[2][:, None])
-    right = (key[0][None, :], key[1][None, :], key[2][None, :])
-    return meet(down, right, length, RULE)
 
 
 @triton.jit
@@ -122,13 +91,14 @@ def _forward_step(
     """Take a box of keys into the running maxima, sums and outputs of a box of queries."""
     top, total, acc = state
     key, token, exist = place
-    s = _dot(q, tl.trans(_tile(k, token, k_row, exist, FULL, HEAD.d, HEAD)), HEAD) * scale
+    k = load(k, token, k_row, exist, FULL, HEAD.d, HEAD.block_d, HEAD.upcast)
+    s = _product(q, tl.trans(k), HEAD) * scale
     if not FULL:
-        s = tl.where(_meet(row, key, length, RULE), s, float("-inf"))
+        s = tl.where(meet(row, key, length, False, RULE), s, float("-inf"))
     higher = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - higher[:, None])
     shrink = tl.exp2(top - higher)
-    v = _tile(v, token, v_row, exist, FULL, HEAD.e, HEAD)
+    v = load(v, token, v_row, exist, FULL, HEAD.e, HEAD.block_e, HEAD.upcast)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=HEAD.precision)
     return higher, total * shrink + tl.sum(p, 1), acc
 
@@ -139,39 +109,42 @@ def _forward(
     RULE: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     """A program has a box of queries of one head; lse is kept in base 2."""
-    pid, residue, length, corner = locate(tl.program_id(0), shape, RULE, RULE.rows)
-    if (corner[0] >= length[0]) | (corner[1] >= length[1]) | (corner[2] >= length[2]):
+    number, classes, length, corner, inside = locate(tl.program_id(0), shape, RULE.rows, RULE)
+    if not inside:
         return
-    b, h = (pid // heads).to(tl.int64), (pid % heads).to(tl.int64)
+    number = number.to(tl.int64)
+    b, h = number // heads, number % heads
     q += b * q_strides[0] + h * q_strides[1]
     k += b * k_strides[0] + h // group * k_strides[1]
     v += b * v_strides[0] + h // group * v_strides[1]
     out += b * out_strides[0] + h * out_strides[1]
-    lse += pid.to(tl.int64) * shape[0] * shape[1] * shape[2]
+    lse += number * (shape[0] * shape[1] * shape[2])
 
-    row = coordinates(corner, RULE.rows)
-    token, exist = tokens(row, residue, shape, length, RULE)
-    q = _tile(q, token, q_strides[2], exist, False, HEAD.d, HEAD)
+    row, token, exist = tokens(corner, classes, shape, length, RULE.rows, RULE)
+    q = load(q, token, q_strides[2], exist, False, HEAD.d, HEAD.block_d, HEAD.upcast)
     # Finite, so that rows that have seen nothing yet stay free of NaN.
     top = tl.full([q.shape[0]], -1e30, tl.float32)
-    state = top, tl.zeros_like(top), tl.zeros([q.shape[0], HEAD.block_e], tl.float32)
-    x = keys_of(corner[0], length[0], RULE, 0)
-    y = keys_of(corner[1], length[1], RULE, 1)
-    z = keys_of(corner[2], length[2], RULE, 2)
-    first = (x[0], y[0], z[0])
-    full = full_tiles(x, y, z, RULE)
-    for t in range(0, full):
-        place = _place(full_tile(t, x, y, z), first, residue, shape, length, RULE, RULE.keys)
+    state = top, tl.zeros([q.shape[0]], tl.float32), tl.zeros([q.shape[0], HEAD.block_e], tl.float32)
+    x = keys_of(corner, length, RULE, 0)
+    y = keys_of(corner, length, RULE, 1)
+    z = keys_of(corner, length, RULE, 2)
+    first = x[0], y[0], z[0]
+    log_scale = scale * 1.4426950408889634
+    left = x[1] * y[1] * z[1]
+    if RULE.full:
+        full = x[3] * y[3] * z[3]
+        left -= full
+        for t in range(0, full):
+            place = box(full_tile(t, x, y, z, RULE), first, classes, shape, length, RULE.keys, RULE)
+            state = _forward_step(
+                state, q, row, k, v, place, k_strides[2], v_strides[2], log_scale, length,
+                True, RULE, HEAD,
+            )  # fmt: skip
+    for t in range(0, left):
+        place = box(other_tile(t, x, y, z, RULE), first, classes, shape, length, RULE.keys, RULE)
         state = _forward_step(
-            state, q, row, k, v, place, k_strides[2], v_strides[2], scale * 1.4426950408889634,
-            length, True, RULE, HEAD,
-        )  # fmt: skip
-    for t in range(0, x[1] * y[1] * z[1] - full):
-        number = other_tile(t, x, y, z, RULE)
-        place = _place(number, first, residue, shape, length, RULE, RULE.keys)
-        state = _forward_step(
-            state, q, row, k, v, place, k_strides[2], v_strides[2], scale * 1.4426950408889634,
-            length, False, RULE, HEAD,
+            state, q, row, k, v, place, k_strides[2], v_strides[2], log_scale, length,
+            False, RULE, HEAD,
         )  # fmt: skip
     top, total, acc = state
     store(out, token, out_strides[2], exist, acc / total[:, None], HEAD.e, HEAD.block_e)
@@ -185,12 +158,12 @@ def _query_step(
 ):  # fmt: skip
     """Add what a box of keys gives to the gradients of a box of queries."""
     key, token, exist = place
-    k = _tile(k, token, k_row, exist, FULL, HEAD.d, HEAD)
-    v = _tile(v, token, v_row, exist, FULL, HEAD.e, HEAD)
-    p = tl.exp2(_dot(q, tl.trans(k), HEAD) * scale - lse[:, None])
+    k = load(k, token, k_row, exist, FULL, HEAD.d, HEAD.block_d, HEAD.upcast)
+    v = load(v, token, v_row, exist, FULL, HEAD.e, HEAD.block_e, HEAD.upcast)
+    p = tl.exp2(_product(q, tl.trans(k), HEAD) * scale - lse[:, None])
     if not FULL:
-        p = tl.where(_meet(row, key, length, RULE), p, 0.0)
-    ds = p * (_dot(grad, tl.trans(v), HEAD) - delta[:, None])
+        p = tl.where(meet(row, key, length, False, RULE), p, 0.0)
+    ds = p * (_product(grad, tl.trans(v), HEAD) - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=HEAD.precision)
 
 
@@ -200,44 +173,48 @@ def _backward_queries(
     dq_strides, heads, group, shape, scale, RULE: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     """A program has a box of queries of one head; it also stores delta = do . o of its rows."""
-    pid, residue, length, corner = locate(tl.program_id(0), shape, RULE, RULE.rows)
-    if (corner[0] >= length[0]) | (corner[1] >= length[1]) | (corner[2] >= length[2]):
+    number, classes, length, corner, inside = locate(tl.program_id(0), shape, RULE.rows, RULE)
+    if not inside:
         return
-    b, h = (pid // heads).to(tl.int64), (pid % heads).to(tl.int64)
+    number = number.to(tl.int64)
+    b, h = number // heads, number % heads
     grad += b * grad_strides[0] + h * grad_strides[1]
     q += b * q_strides[0] + h * q_strides[1]
     k += b * k_strides[0] + h // group * k_strides[1]
     v += b * v_strides[0] + h // group * v_strides[1]
     out += b * out_strides[0] + h * out_strides[1]
     dq += b * dq_strides[0] + h * dq_strides[1]
-    skipped = pid.to(tl.int64) * shape[0] * shape[1] * shape[2]
+    lse += number * (shape[0] * shape[1] * shape[2])
+    delta += number * (shape[0] * shape[1] * shape[2])
 
-    row = coordinates(corner, RULE.rows)
-    token, exist = tokens(row, residue, shape, length, RULE)
-    q = _tile(q, token, q_strides[2], exist, False, HEAD.d, HEAD)
-    grad = _tile(grad, token, grad_strides[2], exist, False, HEAD.e, HEAD)
-    out = _tile(out, token, out_strides[2], exist, False, HEAD.e, HEAD)
+    row, token, exist = tokens(corner, classes, shape, length, RULE.rows, RULE)
+    q = load(q, token, q_strides[2], exist, False, HEAD.d, HEAD.block_d, HEAD.upcast)
+    grad = load(grad, token, grad_strides[2], exist, False, HEAD.e, HEAD.block_e, HEAD.upcast)
+    out = load(out, token, out_strides[2], exist, False, HEAD.e, HEAD.block_e, HEAD.upcast)
     sums = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta + skipped + token, sums, mask=exist)
-    logs = tl.load(lse + skipped + token, mask=exist, other=0.0)
+    tl.store(delta + token, sums, mask=exist)
+    logs = tl.load(lse + token, mask=exist, other=0.0)
     acc = tl.zeros([q.shape[0], HEAD.block_d], tl.float32)
-    x = keys_of(corner[0], length[0], RULE, 0)
-    y = keys_of(corner[1], length[1], RULE, 1)
-    z = keys_of(corner[2], length[2], RULE, 2)
-    first = (x[0], y[0], z[0])
-    full = full_tiles(x, y, z, RULE)
-    for t in range(0, full):
-        place = _place(full_tile(t, x, y, z), first, residue, shape, length, RULE, RULE.keys)
+    x = keys_of(corner, length, RULE, 0)
+    y = keys_of(corner, length, RULE, 1)
+    z = keys_of(corner, length, RULE, 2)
+    first = x[0], y[0], z[0]
+    log_scale = scale * 1.4426950408889634
+    left = x[1] * y[1] * z[1]
+    if RULE.full:
+        full = x[3] * y[3] * z[3]
+        left -= full
+        for t in range(0, full):
+            place = box(full_tile(t, x, y, z, RULE), first, classes, shape, length, RULE.keys, RULE)
+            acc = _query_step(
+                acc, q, grad, logs, sums, row, k, v, place, k_strides[2], v_strides[2], log_scale,
+                length, True, RULE, HEAD,
+            )  # fmt: skip
+    for t in range(0, left):
+        place = box(other_tile(t, x, y, z, RULE), first, classes, shape, length, RULE.keys, RULE)
         acc = _query_step(
-            acc, q, grad, logs, sums, row, k, v, place, k_strides[2], v_strides[2],
-            scale * 1.4426950408889634, length, True, RULE, HEAD,
-        )  # fmt: skip
-    for t in range(0, x[1] * y[1] * z[1] - full):
-        number = other_tile(t, x, y, z, RULE)
-        place = _place(number, first, residue, shape, length, RULE, RULE.keys)
-        acc = _query_step(
-            acc, q, grad, logs, sums, row, k, v, place, k_strides[2], v_strides[2],
-            scale * 1.4426950408889634, length, False, RULE, HEAD,
+            acc, q, grad, logs, sums, row, k, v, place, k_strides[2], v_strides[2], log_scale,
+            length, False, RULE, HEAD,
         )  # fmt: skip
     store(dq, token, dq_strides[2], exist, acc * scale, HEAD.d, HEAD.block_d)
 
@@ -250,68 +227,70 @@ def _key_step(
     """Add what a box of queries gives to the gradients of a box of keys and values."""
     dk, dv = state
     row, token, exist = place
-    q = _tile(q, token, q_row, exist, FULL, HEAD.d, HEAD)
-    grad = _tile(grad, token, grad_row, exist, FULL, HEAD.e, HEAD)
+    q = load(q, token, q_row, exist, FULL, HEAD.d, HEAD.block_d, HEAD.upcast)
+    grad = load(grad, token, grad_row, exist, FULL, HEAD.e, HEAD.block_e, HEAD.upcast)
     logs = tl.load(lse + token, mask=exist, other=0.0)
     sums = tl.load(delta + token, mask=exist, other=0.0)
-    # Keys by queries, so that no tile of scores has to be turned.
-    p = tl.exp2(_dot(k, tl.trans(q), HEAD) * scale - logs[None, :])
+    # Keys by queries, so that no tile of weights has to be turned.
+    p = tl.exp2(_product(k, tl.trans(q), HEAD) * scale - logs[None, :])
     if not FULL:
-        down = (key[0][:, None], key[1][:, None], key[2][:, None])
-        right = (row[0][None, :], row[1][None, :], row[2][None, :])
-        p = tl.where(meet(right, down, length, RULE), p, 0.0)
+        p = tl.where(meet(row, key, length, True, RULE), p, 0.0)
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=HEAD.precision)
-    ds = p * (_dot(v, tl.trans(grad), HEAD) - sums[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=HEAD.precision)
-    return dk, dv
+    ds = p * (_product(v, tl.trans(grad), HEAD) - sums[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=HEAD.precision), dv
 
 
 @triton.jit
 def _backward_keys(
     grad, q, k, v, lse, delta, dk, dv, grad_strides, q_strides, k_strides, v_strides, dk_strides,
-    dv_strides, groups, group, shape, scale, RULE: tl.constexpr, HEAD: tl.constexpr,
+    dv_strides, heads, group, shape, scale, RULE: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """A program has a box of keys of one head, and takes all query heads of its group in turn."""
-    pid, residue, length, corner = locate(tl.program_id(0), shape, RULE, RULE.keys)
-    if (corner[0] >= length[0]) | (corner[1] >= length[1]) | (corner[2] >= length[2]):
+    """A program has a box of keys of one head, and takes the query heads of its group in turn."""
+    number, classes, length, corner, inside = locate(tl.program_id(0), shape, RULE.keys, RULE)
+    if not inside:
         return
-    b, g = (pid // groups).to(tl.int64), (pid % groups).to(tl.int64)
-    grad += b * grad_strides[0] + g * group * grad_strides[1]
-    q += b * q_strides[0] + g * group * q_strides[1]
-    k += b * k_strides[0] + g * k_strides[1]
-    v += b * v_strides[0] + g * v_strides[1]
-    dk += b * dk_strides[0] + g * dk_strides[1]
-    dv += b * dv_strides[0] + g * dv_strides[1]
-    size = shape[0].to(tl.int64) * shape[1] * shape[2]
-    lse += pid * group * size
-    delta += pid * group * size
+    number = number.to(tl.int64)
+    b, h = number // heads, number % heads
+    grad += b * grad_strides[0] + h * group * grad_strides[1]
+    q += b * q_strides[0] + h * group * q_strides[1]
+    k += b * k_strides[0] + h * k_strides[1]
+    v += b * v_strides[0] + h * v_strides[1]
+    dk += b * dk_strides[0] + h * dk_strides[1]
+    dv += b * dv_strides[0] + h * dv_strides[1]
+    size = shape[0] * shape[1] * shape[2]
+    lse += number * group * size
+    delta += number * group * size
 
-    key = coordinates(corner, RULE.keys)
-    token, exist = tokens(key, residue, shape, length, RULE)
-    k = _tile(k, token, k_strides[2], exist, False, HEAD.d, HEAD)
-    v = _tile(v, token, v_strides[2], exist, False, HEAD.e, HEAD)
+    key, token, exist = tokens(corner, classes, shape, length, RULE.keys, RULE)
+    k = load(k, token, k_strides[2], exist, False, HEAD.d, HEAD.block_d, HEAD.upcast)
+    v = load(v, token, v_strides[2], exist, False, HEAD.e, HEAD.block_e, HEAD.upcast)
     state = (
         tl.zeros([k.shape[0], HEAD.block_d], tl.float32),
         tl.zeros([k.shape[0], HEAD.block_e], tl.float32),
     )
-    x = queries_of(corner[0], length[0], RULE, 0)
-    y = queries_of(corner[1], length[1], RULE, 1)
-    z = queries_of(corner[2], length[2], RULE, 2)
-    first = (x[0], y[0], z[0])
-    full = full_tiles(x, y, z, RULE)
+    x = queries_of(corner, length, RULE, 0)
+    y = queries_of(corner, length, RULE, 1)
+    z = queries_of(corner, length, RULE, 2)
+    first = x[0], y[0], z[0]
+    log_scale = scale * 1.4426950408889634
+    left = x[1] * y[1] * z[1]
+    if RULE.full:
+        left -= x[3] * y[3] * z[3]
     for _ in range(0, group):
-        for t in range(0, full):
-            place = _place(full_tile(t, x, y, z), first, residue, shape, length, RULE, RULE.rows)
+        if RULE.full:
+            for t in range(0, x[3] * y[3] * z[3]):
+                at = full_tile(t, x, y, z, RULE)
+                place = box(at, first, classes, shape, length, RULE.rows, RULE)
+                state = _key_step(
+                    state, k, v, key, grad, q, lse, delta, place, grad_strides[2], q_strides[2],
+                    log_scale, length, True, RULE, HEAD,
+                )  # fmt: skip
+        for t in range(0, left):
+            at = other_tile(t, x, y, z, RULE)
+            place = box(at, first, classes, shape, length, RULE.rows, RULE)
             state = _key_step(
                 state, k, v, key, grad, q, lse, delta, place, grad_strides[2], q_strides[2],
-                scale * 1.4426950408889634, length, True, RULE, HEAD,
-            )  # fmt: skip
-        for t in range(0, x[1] * y[1] * z[1] - full):
-            number = other_tile(t, x, y, z, RULE)
-            place = _place(number, first, residue, shape, length, RULE, RULE.rows)
-            state = _key_step(
-                state, k, v, key, grad, q, lse, delta, place, grad_strides[2], q_strides[2],
-                scale * 1.4426950408889634, length, False, RULE, HEAD,
+                log_scale, length, False, RULE, HEAD,
             )  # fmt: skip
         grad += grad_strides[1]
         q += q_strides[1]
