@@ -55,6 +55,8 @@ LOG2_E = math.log2(math.e)
 # Queries and keys of a box; along one axis, windows of at least WIDE tokens take WIDE_ROWS queries.
 ROWS, KEYS = 64, 64
 WIDE, WIDE_ROWS = 512, 128
+# Both, where float32 products have to be exact: these keep their factors in registers.
+EXACT = 32
 
 
 class Head(NamedTuple):
@@ -78,12 +80,6 @@ class Head(NamedTuple):
 
 
 @triton.jit
-def _product(a, b, HEAD: tl.constexpr):
-    zero = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
-    return tl.dot(a, b, zero, input_precision=HEAD.precision)
-
-
-@triton.jit
 def _forward_step(
     state, q, row, k, v, place, k_row, v_row, scale, length,
     FULL: tl.constexpr, RULE: tl.constexpr, HEAD: tl.constexpr,
@@ -92,7 +88,7 @@ def _forward_step(
     top, total, acc = state
     key, token, exist = place
     k = load(k, token, k_row, exist, FULL, HEAD.d, HEAD.block_d, HEAD.upcast)
-    s = _product(q, tl.trans(k), HEAD) * scale
+    s = tl.dot(q, tl.trans(k), input_precision=HEAD.precision, out_dtype=tl.float32) * scale
     if not FULL:
         s = tl.where(meet(row, key, length, False, RULE), s, float("-inf"))
     higher = tl.maximum(top, tl.max(s, 1))
@@ -109,7 +105,9 @@ def _forward(
     RULE: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     """A program has a box of queries of one head; lse is kept in base 2."""
-    number, classes, length, corner, inside = locate(tl.program_id(0), shape, RULE.rows, RULE)
+    ROWS: tl.constexpr = RULE.rows
+    KEYS: tl.constexpr = RULE.keys
+    number, classes, length, corner, inside = locate(tl.program_id(0), shape, ROWS, RULE)
     if not inside:
         return
     number = number.to(tl.int64)
@@ -120,11 +118,11 @@ def _forward(
     out += b * out_strides[0] + h * out_strides[1]
     lse += number * (shape[0] * shape[1] * shape[2])
 
-    row, token, exist = tokens(corner, classes, shape, length, RULE.rows, RULE)
+    row, token, exist = tokens(corner, classes, shape, length, ROWS, RULE)
     q = load(q, token, q_strides[2], exist, False, HEAD.d, HEAD.block_d, HEAD.upcast)
     # Finite, so that rows that have seen nothing yet stay free of NaN.
     top = tl.full([q.shape[0]], -1e30, tl.float32)
-    state = top, tl.zeros([q.shape[0]], tl.float32), tl.zeros([q.shape[0], HEAD.block_e], tl.float32)
+    state = top, top * 0, tl.full([q.shape[0], HEAD.block_e], 0.0, tl.float32)
     x = keys_of(corner, length, RULE, 0)
     y = keys_of(corner, length, RULE, 1)
     z = keys_of(corner, length, RULE, 2)
@@ -135,13 +133,13 @@ def _forward(
         full = x[3] * y[3] * z[3]
         left -= full
         for t in range(0, full):
-            place = box(full_tile(t, x, y, z, RULE), first, classes, shape, length, RULE.keys, RULE)
+            place = box(full_tile(t, x, y, z, RULE), first, classes, shape, length, KEYS, RULE)
             state = _forward_step(
                 state, q, row, k, v, place, k_strides[2], v_strides[2], log_scale, length,
                 True, RULE, HEAD,
             )  # fmt: skip
     for t in range(0, left):
-        place = box(other_tile(t, x, y, z, RULE), first, classes, shape, length, RULE.keys, RULE)
+        place = box(other_tile(t, x, y, z, RULE), first, classes, shape, length, KEYS, RULE)
         state = _forward_step(
             state, q, row, k, v, place, k_strides[2], v_strides[2], log_scale, length,
             False, RULE, HEAD,
@@ -160,10 +158,12 @@ def _query_step(
     key, token, exist = place
     k = load(k, token, k_row, exist, FULL, HEAD.d, HEAD.block_d, HEAD.upcast)
     v = load(v, token, v_row, exist, FULL, HEAD.e, HEAD.block_e, HEAD.upcast)
-    p = tl.exp2(_product(q, tl.trans(k), HEAD) * scale - lse[:, None])
+    s = tl.dot(q, tl.trans(k), input_precision=HEAD.precision, out_dtype=tl.float32)
+    p = tl.exp2(s * scale - lse[:, None])
     if not FULL:
         p = tl.where(meet(row, key, length, False, RULE), p, 0.0)
-    ds = p * (_product(grad, tl.trans(v), HEAD) - delta[:, None])
+    dp = tl.dot(grad, tl.trans(v), input_precision=HEAD.precision, out_dtype=tl.float32)
+    ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=HEAD.precision)
 
 
@@ -173,7 +173,9 @@ def _backward_queries(
     dq_strides, heads, group, shape, scale, RULE: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     """A program has a box of queries of one head; it also stores delta = do . o of its rows."""
-    number, classes, length, corner, inside = locate(tl.program_id(0), shape, RULE.rows, RULE)
+    ROWS: tl.constexpr = RULE.rows
+    KEYS: tl.constexpr = RULE.keys
+    number, classes, length, corner, inside = locate(tl.program_id(0), shape, ROWS, RULE)
     if not inside:
         return
     number = number.to(tl.int64)
@@ -187,14 +189,14 @@ def _backward_queries(
     lse += number * (shape[0] * shape[1] * shape[2])
     delta += number * (shape[0] * shape[1] * shape[2])
 
-    row, token, exist = tokens(corner, classes, shape, length, RULE.rows, RULE)
+    row, token, exist = tokens(corner, classes, shape, length, ROWS, RULE)
     q = load(q, token, q_strides[2], exist, False, HEAD.d, HEAD.block_d, HEAD.upcast)
     grad = load(grad, token, grad_strides[2], exist, False, HEAD.e, HEAD.block_e, HEAD.upcast)
     out = load(out, token, out_strides[2], exist, False, HEAD.e, HEAD.block_e, HEAD.upcast)
     sums = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta + token, sums, mask=exist)
     logs = tl.load(lse + token, mask=exist, other=0.0)
-    acc = tl.zeros([q.shape[0], HEAD.block_d], tl.float32)
+    acc = tl.full([q.shape[0], HEAD.block_d], 0.0, tl.float32)
     x = keys_of(corner, length, RULE, 0)
     y = keys_of(corner, length, RULE, 1)
     z = keys_of(corner, length, RULE, 2)
@@ -205,13 +207,13 @@ def _backward_queries(
         full = x[3] * y[3] * z[3]
         left -= full
         for t in range(0, full):
-            place = box(full_tile(t, x, y, z, RULE), first, classes, shape, length, RULE.keys, RULE)
+            place = box(full_tile(t, x, y, z, RULE), first, classes, shape, length, KEYS, RULE)
             acc = _query_step(
                 acc, q, grad, logs, sums, row, k, v, place, k_strides[2], v_strides[2], log_scale,
                 length, True, RULE, HEAD,
             )  # fmt: skip
     for t in range(0, left):
-        place = box(other_tile(t, x, y, z, RULE), first, classes, shape, length, RULE.keys, RULE)
+        place = box(other_tile(t, x, y, z, RULE), first, classes, shape, length, KEYS, RULE)
         acc = _query_step(
             acc, q, grad, logs, sums, row, k, v, place, k_strides[2], v_strides[2], log_scale,
             length, False, RULE, HEAD,
@@ -232,11 +234,13 @@ def _key_step(
     logs = tl.load(lse + token, mask=exist, other=0.0)
     sums = tl.load(delta + token, mask=exist, other=0.0)
     # Keys by queries, so that no tile of weights has to be turned.
-    p = tl.exp2(_product(k, tl.trans(q), HEAD) * scale - logs[None, :])
+    s = tl.dot(k, tl.trans(q), input_precision=HEAD.precision, out_dtype=tl.float32)
+    p = tl.exp2(s * scale - logs[None, :])
     if not FULL:
         p = tl.where(meet(row, key, length, True, RULE), p, 0.0)
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=HEAD.precision)
-    ds = p * (_product(v, tl.trans(grad), HEAD) - sums[None, :])
+    dp = tl.dot(v, tl.trans(grad), input_precision=HEAD.precision, out_dtype=tl.float32)
+    ds = p * (dp - sums[None, :])
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=HEAD.precision), dv
 
 
@@ -246,7 +250,9 @@ def _backward_keys(
     dv_strides, heads, group, shape, scale, RULE: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     """A program has a box of keys of one head, and takes the query heads of its group in turn."""
-    number, classes, length, corner, inside = locate(tl.program_id(0), shape, RULE.keys, RULE)
+    ROWS: tl.constexpr = RULE.rows
+    KEYS: tl.constexpr = RULE.keys
+    number, classes, length, corner, inside = locate(tl.program_id(0), shape, KEYS, RULE)
     if not inside:
         return
     number = number.to(tl.int64)
@@ -261,12 +267,12 @@ def _backward_keys(
     lse += number * group * size
     delta += number * group * size
 
-    key, token, exist = tokens(corner, classes, shape, length, RULE.keys, RULE)
+    key, token, exist = tokens(corner, classes, shape, length, KEYS, RULE)
     k = load(k, token, k_strides[2], exist, False, HEAD.d, HEAD.block_d, HEAD.upcast)
     v = load(v, token, v_strides[2], exist, False, HEAD.e, HEAD.block_e, HEAD.upcast)
     state = (
-        tl.zeros([k.shape[0], HEAD.block_d], tl.float32),
-        tl.zeros([k.shape[0], HEAD.block_e], tl.float32),
+        tl.full([k.shape[0], HEAD.block_d], 0.0, tl.float32),
+        tl.full([k.shape[0], HEAD.block_e], 0.0, tl.float32),
     )
     x = queries_of(corner, length, RULE, 0)
     y = queries_of(corner, length, RULE, 1)
@@ -280,14 +286,14 @@ def _backward_keys(
         if RULE.full:
             for t in range(0, x[3] * y[3] * z[3]):
                 at = full_tile(t, x, y, z, RULE)
-                place = box(at, first, classes, shape, length, RULE.rows, RULE)
+                place = box(at, first, classes, shape, length, ROWS, RULE)
                 state = _key_step(
                     state, k, v, key, grad, q, lse, delta, place, grad_strides[2], q_strides[2],
                     log_scale, length, True, RULE, HEAD,
                 )  # fmt: skip
         for t in range(0, left):
             at = other_tile(t, x, y, z, RULE)
-            place = box(at, first, classes, shape, length, RULE.rows, RULE)
+            place = box(at, first, classes, shape, length, ROWS, RULE)
             state = _key_step(
                 state, k, v, key, grad, q, lse, delta, place, grad_strides[2], q_strides[2],
                 log_scale, length, False, RULE, HEAD,
@@ -346,11 +352,14 @@ def _launch(q: Tensor, v: Tensor, grid: tuple[int, ...], rule: Rule, backward: b
     width = max(head.block_d, head.block_e)
     half = q.element_size() < 4
     band = rule.axes == 1 and min(widths(rule)[2], grid[2]) >= WIDE
-    high = WIDE_ROWS if band and half and not backward else ROWS
-    assert high >= LEAST and KEYS >= LEAST
-    warps = 8 if width > 64 or not half else 4
-    stages = 2 if backward or not half else 3
-    return _Launch(grid, with_boxes(grid, rule, high, KEYS), head, warps, stages)
+    if not half and head.precision == "ieee":
+        queries, keys = EXACT, EXACT
+    else:
+        queries, keys = WIDE_ROWS if band and half and not backward else ROWS, KEYS
+    assert min(queries, keys) >= LEAST
+    warps = 8 if width > 64 and keys > EXACT else 4
+    stages = 3 if half and not backward else 2
+    return _Launch(grid, with_boxes(grid, rule, queries, keys), head, warps, stages)
 
 
 def _new(q: Tensor, heads: int, width: int) -> Tensor:
