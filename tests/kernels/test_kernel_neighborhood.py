@@ -435,7 +435,7 @@ def test_operations_are_those_of_the_pairs_that_meet(name: str) -> None:
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
-    tensors = {name: (1, 2, 20, 16) for name in "qkv"}
+    tensors = dict.fromkeys("qkv", (1, 2, 20, 16))
     rule = {"shape": (4, 5), "kernel_size": (3, 2), "dilation": (1, 1), "stride": (1, 1)}
     every: dict[str, Any] = {**tensors, **rule, "causal": (False, False), "scale": 1.0, **change}
     for name in "qkv":

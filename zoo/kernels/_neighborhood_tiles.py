@@ -1,4 +1,4 @@
-"""Boxes of tokens for neighborhood attention: windows, their inverse, and the tiles that cover them.
+"""Boxes of tokens for neighborhood attention: windows, their inverse, tiles that cover them.
 
 Everything is counted in coordinates of a residue class: on an axis of X tokens with dilation d the
 tokens g, g + d, g + 2 d, .. form class g, of length ceil((X - g) / d), and tokens of different
@@ -124,7 +124,7 @@ def cover(first, last, inner_first, inner_last, SIDE: tl.constexpr):
 @triton.jit
 def keys_of(corner, length, RULE: tl.constexpr, A: tl.constexpr):
     """Tiles of keys that are seen by a box of queries, on axis A, as in `cover`."""
-    if A < 3 - RULE.axes:
+    if A + RULE.axes < 3:
         return 0, 1, 0, 1
     last = tl.minimum(corner[A] + RULE.rows[A], length[A]) - 1
     outer_first, inner_last = window(corner[A], length[A], RULE, A)
@@ -135,7 +135,7 @@ def keys_of(corner, length, RULE: tl.constexpr, A: tl.constexpr):
 @triton.jit
 def queries_of(corner, length, RULE: tl.constexpr, A: tl.constexpr):
     """Tiles of queries that see into a box of keys, on axis A, as in `cover`."""
-    if A < 3 - RULE.axes:
+    if A + RULE.axes < 3:
         return 0, 1, 0, 1
     first, last = corner[A], tl.minimum(corner[A] + RULE.keys[A], length[A]) - 1
     outer_first = first_query(first, length[A], RULE, A)
@@ -190,7 +190,7 @@ def other_tile(t, a, b, c, RULE: tl.constexpr):
 @triton.jit
 def pop_axis(number, size, BOX: tl.constexpr, RULE: tl.constexpr, A: tl.constexpr):
     """Take the box on axis A from its number: (what remains, class, its length, corner)."""
-    if A < 3 - RULE.axes:
+    if A + RULE.axes < 3:
         return number, 0, 1, 0
     D: tl.constexpr = RULE.dilation[A]
     SIDE: tl.constexpr = BOX[A]
@@ -257,7 +257,7 @@ def meet(row, key, length, TURNED: tl.constexpr, RULE: tl.constexpr):
             near = (key[A][:, None] >= first[None, :]) & (key[A][:, None] <= last[None, :])
         else:
             near = (key[A][None, :] >= first[:, None]) & (key[A][None, :] <= last[:, None])
-        if A == 2:
+        if A == 2:  # noqa: SIM108 (there is no mask yet for the other branch to name)
             mask = near
         else:
             mask = mask & near
@@ -300,7 +300,7 @@ def widths(rule: Rule) -> list[int]:
 def count_tiles(shape: tuple[int, ...], rule: Rule, box: Three) -> int:
     """Boxes that cover the grid, in every residue class."""
     each = zip(shape, rule.dilation, box, strict=True)
-    return math.prod(-(-(-(-x // d)) // side) * d for x, d, side in each)
+    return math.prod(triton.cdiv(triton.cdiv(x, d), side) * d for x, d, side in each)
 
 
 @lru_cache
@@ -310,7 +310,7 @@ def count_pairs(shape: tuple[int, ...], rule: Rule) -> int:
     def one_axis(a: int) -> int:
         w, d, s, total = rule.kernel[a], rule.dilation[a], rule.stride[a], 0
         for g in range(min(d, shape[a])):
-            length = -(-(shape[a] - g) // d)
+            length = triton.cdiv(shape[a] - g, d)
             if rule.causal[a]:
                 leaders = [min(i // s * s + s - 1, length - 1) for i in range(length)]
                 total += sum(i - max(0, e - w + 1) + 1 for i, e in enumerate(leaders))
@@ -337,10 +337,10 @@ def with_boxes(shape: tuple[int, ...], rule: Rule, rows: int, keys: int) -> Rule
     width = widths(rule)
 
     def cost(a: int, side: int, other: int) -> int:
-        length = -(-shape[a] // rule.dilation[a])
+        length = triton.cdiv(shape[a], rule.dilation[a])
         shared = rule.stride[a] if side % rule.stride[a] == 0 else 1
         seen = min(width[a] + side - shared, length)
-        return -(-length // side) * side * -(-seen // other) * other
+        return triton.cdiv(length, side) * side * triton.cdiv(seen, other) * other
 
     def boxes(volume: int) -> list[Three]:
         powers = [1 << e for e in range(volume.bit_length())]

@@ -10,8 +10,8 @@ queries needs no mask. The sliding window of language models is the case of one 
     dv_j = sum_i p_ij do_i,   ds_ij = p_ij (do_i . v_j - do_i . o_i)
     dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i
 
-q, k, v, o and a number per row are kept. The gradients of a box of keys belong to one program, which
-walks the queries that see it in all heads of its group: no atomics, the same numbers in every run.
+q, k, v, o and a number per row are kept. The gradients of a box of keys belong to one program that
+walks the queries which see it in all heads of its group: no atomics, the same numbers in every run.
 Sums are float32. Tokens stay in the grid's order: the row of a head is one piece of memory anyway,
 so that residue classes of a dilation are only steps between rows.
 """
@@ -145,6 +145,7 @@ def _forward(
             False, RULE, HEAD,
         )  # fmt: skip
     top, total, acc = state
+    total = tl.where(exist, total, 1.0)  # rows past the end may have seen nothing
     store(out, token, out_strides[2], exist, acc / total[:, None], HEAD.e, HEAD.block_e)
     tl.store(lse + token, top + tl.log2(total), mask=exist)
 
@@ -322,8 +323,8 @@ def _rule(
     """Three axes of the grid, and its rule without boxes."""
     grid = _three(shape, 1)
     axes = next((3 - a for a in range(2) if grid[a] != 1), 1)
-    per_axis = (_three(x, 1) for x in (kernel_size, dilation, stride))
-    return grid, Rule(*per_axis, _three(causal, False), clip, axes)
+    w, d, s = (_three(x, 1) for x in (kernel_size, dilation, stride))
+    return grid, Rule(w, d, s, _three(causal, False), clip, axes)
 
 
 class _Launch(NamedTuple):
@@ -472,14 +473,10 @@ _neighborhood_fwd.register_autograd(_backward, setup_context=_keep)
 _neighborhood_bwd.register_autograd(_no_second)
 
 
-def _pairs(rule: Sequence[Any]) -> int:
-    return count_pairs(*_rule(*(x if isinstance(x, bool) else tuple(x) for x in rule)))
-
-
 @register_flop_formula(torch.ops.zoo.neighborhood_fwd)
 def _forward_flops(q: Any, k: Any, v: Any, *rule: Any, **kwargs: Any) -> int:
     """Two products of the pairs that meet; what tiles hold besides is not counted."""
-    return 2 * q[0] * q[1] * _pairs(rule[:6]) * (q[3] + v[3])
+    return 2 * q[0] * q[1] * count_pairs(*_rule(*rule[:6])) * (q[3] + v[3])
 
 
 @register_flop_formula(torch.ops.zoo.neighborhood_bwd)
@@ -487,7 +484,7 @@ def _backward_flops(
     grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *rule: Any, **kwargs: Any
 ) -> int:
     """Five products of the pairs that meet: the scores once more, and four for the gradients."""
-    return 2 * q[0] * q[1] * _pairs(rule[:6]) * (3 * q[3] + 2 * v[3])
+    return 2 * q[0] * q[1] * count_pairs(*_rule(*rule[:6])) * (3 * q[3] + 2 * v[3])
 
 
 def _check(
