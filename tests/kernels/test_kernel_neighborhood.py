@@ -92,7 +92,7 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
 
 
 def inputs(
-    tokens: int, *, b: int = 1, h: int = 2, g: int = 2, d: int = 16, e: int | None = None,
+    tokens: int, *, b: int = 1, h: int = 1, g: int = 1, d: int = 16, e: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:  # fmt: skip
     """q, k, v with gradients, as leaves."""
@@ -124,25 +124,25 @@ def compare(
 NO = (False, False, False)
 GRIDS = {
     # name: shape, kernel, dilation, stride, causal, clip
-    "band causal": ((83,), (21,), (1,), (1,), (True,), False),
+    "band causal": ((70,), (33,), (1,), (1,), (True,), False),
     "band causal longer than the sequence": ((37,), (64,), (1,), (1,), (True,), True),
-    "band clip": ((75,), (33,), (1,), (1,), (False,), True),
-    "band clip even dilated": ((45,), (8,), (2,), (1,), (False,), True),
-    "band shift even": ((61,), (22,), (1,), (1,), (False,), False),
-    "band strided dilated": ((71,), (9,), (3,), (4,), (False,), False),
-    "band causal strided dilated": ((53,), (9,), (2,), (4,), (True,), False),
-    "wide rows": ((90,), (45,), (1,), (1,), (False,), False),
-    "everything": ((35,), (35,), (1,), (1,), (False,), False),
+    "band clip": ((50,), (33,), (1,), (1,), (False,), True),
+    "band clip even dilated": ((37,), (8,), (2,), (1,), (False,), True),
+    "band shift even": ((45,), (22,), (1,), (1,), (False,), False),
+    "band strided dilated": ((53,), (9,), (3,), (4,), (False,), False),
+    "band causal strided dilated": ((41,), (9,), (2,), (4,), (True,), False),
+    "wide rows": ((70,), (45,), (1,), (1,), (False,), False),
+    "everything": ((20,), (20,), (1,), (1,), (False,), False),
     "one token": ((1,), (1,), (1,), (1,), (False,), False),
-    "plane": ((9, 11), (5, 4), (1, 1), (1, 1), NO[:2], False),
-    "plane strided": ((10, 13), (4, 7), (1, 1), (2, 3), NO[:2], False),
-    "plane dilated mixed": ((11, 8), (3, 4), (3, 2), (1, 1), (True, False), False),
-    "plane clip": ((7, 9), (3, 6), (1, 1), (1, 1), NO[:2], True),
-    "plane of full boxes": ((9, 10), (8, 10), (1, 1), (1, 1), NO[:2], False),
-    "line in a plane": ((1, 40), (1, 7), (1, 1), (1, 1), NO[:2], False),
-    "space": ((3, 5, 7), (2, 3, 3), (1, 1, 1), (1, 1, 1), (True, False, False), False),
-    "space dilated strided": ((3, 5, 5), (3, 2, 3), (1, 2, 1), (1, 1, 2), NO, False),
-    "space of full boxes": ((4, 5, 6), (4, 4, 5), (1, 1, 1), (1, 1, 1), NO, False),
+    "plane": ((6, 7), (5, 4), (1, 1), (1, 1), NO[:2], False),
+    "plane strided": ((7, 9), (4, 7), (1, 1), (2, 3), NO[:2], False),
+    "plane dilated mixed": ((7, 5), (3, 2), (3, 2), (1, 1), (True, False), False),
+    "plane clip": ((5, 7), (3, 6), (1, 1), (1, 1), NO[:2], True),
+    "plane of full boxes": ((6, 8), (5, 8), (1, 1), (1, 1), NO[:2], False),
+    "line in a plane": ((1, 30), (1, 7), (1, 1), (1, 1), NO[:2], False),
+    "space": ((2, 3, 5), (2, 3, 3), (1, 1, 1), (1, 1, 1), (True, False, False), False),
+    "space dilated strided": ((2, 4, 4), (2, 2, 3), (1, 2, 1), (1, 1, 2), NO, False),
+    "space of full boxes": ((3, 4, 4), (3, 3, 4), (1, 1, 1), (1, 1, 1), NO, False),
 }
 
 
@@ -162,7 +162,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
     *rule, _ = GRIDS["plane"]
-    q, k, v = inputs(99, dtype=dtype)
+    q, k, v = inputs(42, dtype=dtype)
     with torch.no_grad():
         q.mul_(30)
     compare([q, k, v], tuple(rule))
@@ -172,8 +172,8 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
     ("h", "g", "d", "e"), [(4, 2, 16, 16), (3, 1, 48, 40), (2, 2, 5, 33), (1, 1, 128, 128)]
 )
 def test_grouped_heads_and_odd_widths(h: int, g: int, d: int, e: int) -> None:
-    *rule, _ = GRIDS["band causal"]
-    compare(inputs(83, b=2, h=h, g=g, d=d, e=e), tuple(rule))
+    *rule, _ = GRIDS["everything"]
+    compare(inputs(20, b=2, h=h, g=g, d=d, e=e), tuple(rule))
 
 
 def test_masks_and_numbers_of_the_official_code(golden: Any) -> None:
@@ -227,16 +227,17 @@ def test_windows_and_their_inverse_are_exact(kind: str) -> None:
 
 
 @triton.jit
-def _count(out, a, b, c, RULE: tl.constexpr, SIZE: tl.constexpr):
+def _count(out, a, b, c, RULE: tl.constexpr, SIZE: tl.constexpr, SOME: tl.constexpr):
     t = tl.arange(0, SIZE)
     x, y, z = tiles.other_tile(t, a, b, c, RULE)
     tl.store(out + t, t * 0 + x)
     tl.store(out + SIZE + t, t * 0 + y)
     tl.store(out + 2 * SIZE + t, t * 0 + z)
-    x, y, z = tiles.full_tile(t, a, b, c, RULE)
-    tl.store(out + 3 * SIZE + t, t * 0 + x)
-    tl.store(out + 4 * SIZE + t, t * 0 + y)
-    tl.store(out + 5 * SIZE + t, t * 0 + z)
+    if SOME:
+        x, y, z = tiles.full_tile(t, a, b, c, RULE)
+        tl.store(out + 3 * SIZE + t, t * 0 + x)
+        tl.store(out + 4 * SIZE + t, t * 0 + y)
+        tl.store(out + 5 * SIZE + t, t * 0 + z)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,8 @@ def test_every_box_is_visited_once(spans: list[tuple[int, int, int]]) -> None:
     axes = 3 - sum(span == (1, 0, 1) for span in spans[:2])
     rule = tiles.Rule((1, 1, 1), (1, 1, 1), (1, 1, 1), NO, False, axes)
     found = torch.full((6, 64), -1, dtype=torch.int32, device=DEVICE)
-    _count[(1,)](found, *((0, *span) for span in spans), rule, 64)
+    some = all(full for _, _, full in spans)
+    _count[(1,)](found, *((0, *span) for span in spans), rule, 64, some)
     every = set(itertools.product(*(range(count) for count, _, _ in spans)))
     inner = set(itertools.product(*(range(skip, skip + full) for _, skip, full in spans)))
     rest = [tuple(t) for t in found[:3, : len(every) - len(inner)].T.tolist()]
@@ -266,7 +268,7 @@ def test_every_box_is_visited_once(spans: list[tuple[int, int, int]]) -> None:
     assert sorted(filled) == sorted(inner)
 
 
-def test_full_boxes_skip_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_boxes_skip_the_mask() -> None:
     """The boxes of these grids include full ones: without `full` another kernel is compiled."""
     for name in ("band causal", "plane of full boxes", "space of full boxes"):
         *rule, clip = GRIDS[name]
@@ -279,7 +281,7 @@ def test_full_boxes_skip_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ((4096,), (256,), (1, 1, 64), (1, 1, 64)),
         ((64, 64), (7, 7), (1, 8, 8), (1, 4, 16)),
-        ((2, 500), (2, 9), (1, 2, 32), (1, 2, 32)),
+        ((2, 500), (2, 9), (1, 2, 32), (1, 1, 64)),
     ],
 )
 def test_boxes_fit_the_windows(
@@ -299,8 +301,8 @@ def layouts(x: Tensor) -> Iterator[Tensor]:
 
 
 def test_strides_do_not_matter() -> None:
-    *rule, _ = GRIDS["plane"]
-    leaves = inputs(99)
+    *rule, _ = GRIDS["everything"]
+    leaves = inputs(20, b=2, h=2, g=2)
     out = neighborhood_attention(*leaves, *rule, 0.25)
     wanted = torch.autograd.grad(out.sum(), leaves)  # a gradient of stride 0
     with torch.no_grad():
@@ -316,8 +318,8 @@ def test_strides_do_not_matter() -> None:
 
 
 def test_the_same_numbers_in_every_run() -> None:
-    *rule, _ = GRIDS["band causal"]
-    leaves = inputs(83, h=4, g=1)
+    *rule, _ = GRIDS["plane"]
+    leaves = inputs(42, h=2, g=1)
     runs = []
     for _ in range(2):
         out = neighborhood_attention(*leaves, *rule, 0.25)
@@ -327,8 +329,8 @@ def test_the_same_numbers_in_every_run() -> None:
 
 @pytest.mark.parametrize("which", range(3))
 def test_one_input_with_gradient(which: int) -> None:
-    *rule, _ = GRIDS["band causal"]
-    leaves = inputs(83)
+    *rule, _ = GRIDS["everything"]
+    leaves = inputs(20)
     wanted = torch.autograd.grad(neighborhood_attention(*leaves, *rule, 0.25).sum(), leaves)
     some = [x.detach().requires_grad_(n == which) for n, x in enumerate(leaves)]
     neighborhood_attention(*some, *rule, 0.25).sum().backward()
@@ -349,14 +351,14 @@ def test_gradients_may_be_kept_but_not_derived_again() -> None:
 def test_nothing_in_nothing_out(b: int, tokens: int) -> None:
     leaves = inputs(tokens, b=b)
     out = neighborhood_attention(*leaves, (tokens,), (3,), (1,), (1,), (False,), 0.25)
-    assert out.shape == (b, 2, tokens, 16)
+    assert out.shape == (b, 1, tokens, 16)
     out.sum().backward()
     assert all(x.grad.shape == x.shape for x in leaves)
 
 
 def test_autocast_takes_half_precision_and_its_backward_too() -> None:
     *rule, _ = GRIDS["plane"]
-    leaves = inputs(99)
+    leaves = inputs(42)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = neighborhood_attention(*leaves, *rule, 0.25)
         assert out.dtype == torch.bfloat16
@@ -372,10 +374,12 @@ def test_autocast_takes_half_precision_and_its_backward_too() -> None:
 
 def op_arguments(grads: bool) -> tuple[Any, ...]:
     """Arguments of the operator for a plane, without the scale."""
-    q, k, v = (x.detach().requires_grad_(grads) for x in inputs(20, h=4))
+    q, k, v = (x.detach().requires_grad_(grads) for x in inputs(20, h=2))
     return q, k, v, [4, 5], [3, 2], [1, 1], [1, 1], [False, True], False, 0.25
 
 
+# opcheck looks for gradients of tensors that it has made itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_opcheck() -> None:
     arguments = op_arguments(grads=True)
     torch.library.opcheck(torch.ops.zoo.neighborhood_fwd, arguments)
@@ -407,7 +411,7 @@ def test_operations_are_those_of_the_pairs_that_meet(name: str) -> None:
     meta = [x.detach().to("meta").requires_grad_() for x in inputs(math.prod(rule[0]), d=4, e=6)]
     with FlopCounterMode(display=False) as forward:
         out = torch.ops.zoo.neighborhood_fwd(*meta, *(list(x) for x in rule), clip, 1.0)[0]
-    pairs = int(full_mask(*rule, clip).sum()) * 2  # heads
+    pairs = int(full_mask(*rule, clip).sum())
     assert forward.get_total_flops() == 2 * pairs * (4 + 6)
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()

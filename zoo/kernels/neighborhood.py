@@ -160,9 +160,10 @@ def _query_step(
     k = load(k, token, k_row, exist, FULL, HEAD.d, HEAD.block_d, HEAD.upcast)
     v = load(v, token, v_row, exist, FULL, HEAD.e, HEAD.block_e, HEAD.upcast)
     s = tl.dot(q, tl.trans(k), input_precision=HEAD.precision, out_dtype=tl.float32)
-    p = tl.exp2(s * scale - lse[:, None])
+    s = s * scale - lse[:, None]
     if not FULL:
-        p = tl.where(meet(row, key, length, False, RULE), p, 0.0)
+        s = tl.where(meet(row, key, length, False, RULE), s, float("-inf"))
+    p = tl.exp2(s)
     dp = tl.dot(grad, tl.trans(v), input_precision=HEAD.precision, out_dtype=tl.float32)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=HEAD.precision)
@@ -236,9 +237,10 @@ def _key_step(
     sums = tl.load(delta + token, mask=exist, other=0.0)
     # Keys by queries, so that no tile of weights has to be turned.
     s = tl.dot(k, tl.trans(q), input_precision=HEAD.precision, out_dtype=tl.float32)
-    p = tl.exp2(s * scale - logs[None, :])
+    s = s * scale - logs[None, :]
     if not FULL:
-        p = tl.where(meet(row, key, length, True, RULE), p, 0.0)
+        s = tl.where(meet(row, key, length, True, RULE), s, float("-inf"))
+    p = tl.exp2(s)
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=HEAD.precision)
     dp = tl.dot(v, tl.trans(grad), input_precision=HEAD.precision, out_dtype=tl.float32)
     ds = p * (dp - sums[None, :])
