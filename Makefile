@@ -3,6 +3,7 @@
 #   make demo            train a small comparison, print its leaderboard (about 5 minutes on 2 cores)
 #   make test            lint, types and tests, as CI runs them
 #   make test-all        the slow tests as well, and the GPU ones where there is a GPU
+#   make gpu             check the Triton kernels on a card and time them (under 8 minutes)
 #   make leaderboard     regenerate leaderboard.md from the published records
 #   make docs            renew what README.md and docs/ say of the registry
 #
@@ -17,10 +18,10 @@ DEMO := runs/demo
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format leaderboard readme docs clean
+.PHONY: help install demo test test-all gpu lint format leaderboard readme docs clean
 
 help: ## Say what there is
-	@sed -n '1,10s/^# \{0,1\}//p' Makefile
+	@sed -n '1,11s/^# \{0,1\}//p' Makefile
 
 # An environment is up to date for one checkout at one state of its metadata: the stamp says which.
 install:
@@ -50,6 +51,10 @@ test: install lint
 test-all: install lint
 	@echo "==> running all tests, the slow ones too"
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q -m "slow or not slow"
+
+gpu: install
+	@echo "==> checking the kernels on the card, then timing them"
+	@$(BIN)/zoo kernels
 
 lint: install
 	@echo "==> ruff and mypy"

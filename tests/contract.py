@@ -38,6 +38,7 @@ from contract_values import (
     check_equivariance,
     check_gradients,
     check_grouped,
+    check_packed,
     check_positions,
     check_shape,
     check_strips,
@@ -116,6 +117,7 @@ CONTRACTS = {
     "decode_mask": Contract(check_decode_mask, lambda b: _decodes(b) and b.traits.mask != "none"),
     "cache": Contract(check_cache, _decodes),
     "grouped": Contract(check_grouped, lambda b: b.is_host and b.traits.grouped),
+    "packed": Contract(check_packed, lambda b: b.is_host and b.traits.packed),
     "cross": Contract(
         check_cross, lambda b: b.is_host and b.traits.cross and b.traits.bidirectional
     ),
@@ -129,7 +131,7 @@ CONTRACTS = {
 }
 
 # What parts must still keep when several non-default ones share a host.
-JOINT = ("causal", "padding", "empty_rows", "decode", "cache", "strips")
+JOINT = ("causal", "padding", "empty_rows", "decode", "cache", "packed", "strips")
 
 
 def owed(build: Build) -> list[str]:

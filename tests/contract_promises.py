@@ -45,6 +45,9 @@ def check_refusals(build: Build) -> None:
     if not traits.cross and traits.bidirectional:
         module = build(dtype=torch.float64, **flag(build, False))
         _refuses(module, x, "context", context=draw(2, 5, 16))
+    if not traits.packed:
+        bounds = torch.tensor([0, 3, 7])
+        _refuses(module, x[:1], "packed", cu_seqlens=bounds)
     if not traits.decode:
         _refuses(module, x, "cache|decode", cache=zoo.LayerCache())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -113,6 +114,28 @@ def check_positions(build: Build) -> None:
         for positions in (steps, steps.expand(2, 9)):
             given = module(x, positions=positions)
             assert_close(given, y, f"positions of shape {tuple(positions.shape)}")
+
+
+def check_packed(build: Build) -> None:
+    """Sequences packed into one sample get the outputs and gradients that each gets alone."""
+    ends = [0, 5, 6, 6, 13]
+    for causal in build.modes:
+        module = build(dtype=torch.float64, **flag(build, causal))
+        assert isinstance(module, Attention)
+        x = build.input(1, 13)
+        bounds = torch.tensor(ends, dtype=torch.int32)
+        pieces = [x[:, a:b] for a, b in pairwise(ends) if a < b]
+        with torch.no_grad():
+            alone = torch.cat([module(piece) for piece in pieces], 1)
+            assert_close(module(x, cu_seqlens=bounds), alone, "packed sequences")
+            with tiny_strips():
+                assert_close(module(x, cu_seqlens=bounds), alone, "packed, in strips")
+        found = settle(module, x, cu_seqlens=bounds)["x"]
+        x = x.detach().requires_grad_()
+        y = torch.cat([module(x[:, a:b]) for a, b in pairwise(ends) if a < b], 1)
+        (expected,) = torch.autograd.grad((y * draw(*y.shape, seed=7)).sum(), x)
+        if not zoo.auxiliary_losses(module):  # those of a batch are not sums over its sequences
+            assert_close(found, expected, "gradient of packed sequences", gradient=True)
 
 
 def check_grouped(build: Build) -> None:

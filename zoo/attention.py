@@ -33,6 +33,7 @@ from zoo.parts import (
     Score,
     Select,
     build,
+    check_cu_seqlens,
 )
 from zoo.registry import SOCKETS, Traits
 from zoo.spec import DEFAULTS, PartSpec, canonical, parse, sockets
@@ -57,12 +58,18 @@ class Captured:
 
 def _check_facts(facts: Mapping[str, Any]) -> None:
     """Refuse sizes that no layer can have."""
-    for name, least in (("dim", 1), ("heads", 1), ("head_dim", 1), ("max_len", 1), ("depth", 0)):
+    wanted = (("dim", 1), ("heads", 1), ("head_dim", 1), ("max_len", 1), ("depth", 0))
+    for name, least in (*wanted, ("layers", 1)):
         value = facts[name]
-        if value is None and name in ("head_dim", "max_len"):
+        if value is None and name in ("head_dim", "max_len", "layers"):
             continue
         if type(value) is not int or value < least:
             raise ZooError(f"{name}={value!r} must be a whole number of at least {least}")
+    if facts["layers"] is not None and facts["depth"] >= facts["layers"]:
+        raise ZooError(
+            f"depth={facts['depth']!r} is the index of a layer; it must be below "
+            f"layers={facts['layers']!r}"
+        )
     if not isinstance(facts["dropout"], int | float) or not 0.0 <= facts["dropout"] < 1.0:
         raise ZooError(f"dropout={facts['dropout']!r} must lie in [0, 1)")
 
@@ -94,6 +101,7 @@ class Attention(nn.Module):
         scale: Factor on dot products; default ``1 / sqrt(qk width)``.
         max_len: Longest sequence, for parts that need to know (learned positions).
         depth: Index of the layer, from 0, for parts that depend on it (differential).
+        layers: Number of layers of the model, for parts that depend on it (lightning).
         route: "auto", or a route by name (sdpa, sdpa_strips, engine, dense, or a part's own).
         device: Where parameters are made.
         dtype: Their type.
@@ -118,6 +126,7 @@ class Attention(nn.Module):
         scale: float | None = None,
         max_len: int | None = None,
         depth: int = 0,
+        layers: int | None = None,
         route: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -129,6 +138,7 @@ class Attention(nn.Module):
             "head_dim": head_dim,
             "max_len": max_len,
             "depth": depth,
+            "layers": layers,
             "causal": causal,
             "bias": bias,
             "dropout": dropout,
@@ -240,7 +250,7 @@ class Attention(nn.Module):
         flags = ("causal", "bidirectional", "cross", "bias", "decode", "weights", "grouped")
         values: dict[str, Any] = {
             flag: all(getattr(t, flag) for t in found)
-            for flag in (*flags, "equivariant", "compile")
+            for flag in (*flags, "packed", "equivariant", "compile")
         }
         values["mask"] = max((t.mask for t in found), key=masks.index)
         costs = {t.cost for t in found} - {Traits().cost}
@@ -281,6 +291,7 @@ class Attention(nn.Module):
         positions: Tensor | None = None,
         context_positions: Tensor | None = None,
         cache: LayerCache | None = None,
+        cu_seqlens: Tensor | None = None,
         need_weights: bool = False,
         head_gate: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -294,6 +305,9 @@ class Attention(nn.Module):
             positions: (N,) or (B, N) int64; default counts on from the cache.
             context_positions: (M,) or (B, M) int64; default counts from 0.
             cache: This layer's cache: x holds the tokens that follow those in it.
+            cu_seqlens: Sequences packed into one sample: their first tokens and N, (S + 1,)
+                integers that do not decrease. Positions start again with each, and none sees
+                another.
             need_weights: Also return the weights (B, H, N, M), which costs N x M memory.
             head_gate: Factor on each head's output, (H,), (B, H) or (B, H, N).
 
@@ -303,7 +317,9 @@ class Attention(nn.Module):
         self._check_input(x, context, mask, bias, need_weights)
         if cache is not None and not self.traits.decode:
             raise ZooError(f"{self.spec!r} cannot decode step by step; it takes no cache")
-        call = self._call(x, context, mask, bias, positions, context_positions, cache)
+        if cu_seqlens is not None:
+            self._check_packed(cu_seqlens, x, context, cache)
+        call = self._call(x, context, mask, bias, positions, context_positions, cache, cu_seqlens)
         y = self.mix(call)
         if cache is not None:
             cache.length += x.shape[1]
@@ -329,10 +345,16 @@ class Attention(nn.Module):
 
     def mix(self, call: Call) -> Tensor:
         """Outputs of the heads, (B, heads, N, v_dim), of a prepared pass."""
-        if self.attend is not None:
-            return self.project.finish(self.attend(call))
-        y = routes.choose(self, call).run(self, call)
-        return self.normalize.finish(self.project.finish(y))
+        if self._recalls(call.cache):
+            y = self.normalize.recall(self, call)
+        else:
+            y = routes.choose(self, call).run(self, call)
+        y = self.project.finish(y)
+        return y if self.attend is not None else self.normalize.finish(y)
+
+    def _recalls(self, cache: LayerCache | None) -> bool:
+        """Whether the normalizer keeps the memory itself."""
+        return cache is not None and self.attend is None and self.normalize.recalls
 
     def explain(
         self, x: Tensor, context: Tensor | None = None, **inputs: Any
@@ -344,19 +366,21 @@ class Attention(nn.Module):
         inputs.pop("need_weights", None)
         inputs.pop("head_gate", None)
         cache = inputs.pop("cache", None)
-        if self.attend is not None:
-            name = self.part_names["attend"]
-            reason = f"{name!r} fills score, select and normalize by itself"
-            return routes.Explanation(name, dict.fromkeys(("sdpa", "engine"), reason), ())
-        names = ("mask", "bias", "positions", "context_positions")
+        names = ("mask", "bias", "positions", "context_positions", "cu_seqlens")
         for name in inputs:
             if name not in names:
                 raise unknown("argument of explain", name, (*names, "cache"))
-        mask, bias, positions, others = (inputs.get(name) for name in names)
+        mask, bias, positions, others, cu_seqlens = (inputs.get(name) for name in names)
         self._check_input(x, context, mask, bias, False)
+        if cu_seqlens is not None:
+            self._check_packed(cu_seqlens, x, context, cache)
+        if self._recalls(cache):
+            name = self.part_names["normalize"]
+            return routes.Explanation(f"{name} (recall)", {}, ())
         losses = [(part, dict(part.aux_losses)) for part in self.socket_parts()]
         with torch.no_grad():
-            call = self._call(x, context, mask, bias, positions, others, copy.deepcopy(cache))
+            held = copy.deepcopy(cache)
+            call = self._call(x, context, mask, bias, positions, others, held, cu_seqlens)
         for part, before in losses:  # those of the latest forward pass are still to be added up
             part.aux_losses = before
         return routes.explain(self, call)
@@ -388,12 +412,19 @@ class Attention(nn.Module):
         positions: Tensor | None,
         context_positions: Tensor | None,
         cache: LayerCache | None,
+        cu_seqlens: Tensor | None = None,
     ) -> Call:
         """Project, place and collect everything the parts may ask for."""
         for part in self.socket_parts():
             part.aux_losses.clear()
         length = x.shape[1]
         start = cache.length if cache is not None else 0
+        documents = None
+        if cu_seqlens is not None:
+            index = torch.arange(length, device=x.device)
+            documents = torch.bucketize(index, cu_seqlens[1:], right=True)
+            if positions is None:
+                positions = index - cu_seqlens.long()[documents]
         if positions is None:
             positions = torch.arange(start, start + length, device=x.device)
         else:
@@ -425,11 +456,16 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q)
             k = k if cached is not None else self.k_norm(k)
-        if position.rotates and cached is None:
+        if self.attend is None and cached is None:
+            k = self.select.change_keys(k, cache, cu_seqlens)
+        recalls = self._recalls(cache)
+        if recalls and context is not None:
+            raise ZooError(f"{self.spec!r} recalls its own past; it takes no context with a cache")
+        if position.rotates and cached is None and not recalls:
             q, k = position.rotate(q, k, positions, new_pos)
-        elif position.rotates:
+        elif position.rotates and not recalls:
             q, _ = position.rotate(q, k[:, :, :0], positions, new_pos[..., :0])
-        if cache is not None and self.attend is None:
+        if cache is not None and self.attend is None and not recalls:
             if context is None:
                 k, v, new_pos, k_start = self._remember(cache, k, v, new_pos)
             elif cached is None:
@@ -453,6 +489,8 @@ class Attention(nn.Module):
             bias=self._spread(bias, "bias", q, k, k_start),
             dropout=self.dropout if self.training else 0.0,
             cache=cache,
+            cu_seqlens=cu_seqlens,
+            documents=documents,
         )
         return self.prepare(call)
 
@@ -549,6 +587,19 @@ class Attention(nn.Module):
             if not traits.bias:
                 raise ZooError(f"{self.spec!r} forms no scores that a bias could be added to")
 
+    def _check_packed(
+        self, cu_seqlens: Tensor, x: Tensor, context: Tensor | None, cache: LayerCache | None
+    ) -> None:
+        """Refuse bounds of packed sequences that are none."""
+        if not self.traits.packed:
+            raise ZooError(f"{self.spec!r} takes no packed sequences (cu_seqlens)")
+        for name, given in (("context", context), ("cache", cache)):
+            if given is not None:
+                raise ZooError(f"cu_seqlens packs whole sequences; there can be no {name} beside")
+        if x.shape[0] != 1:
+            raise ZooError(f"x has batch {x.shape[0]}; with cu_seqlens allowed: 1, all packed")
+        check_cu_seqlens(cu_seqlens, x.shape[1])
+
     def _gate(self, gate: Tensor, y: Tensor) -> Tensor:
         """Bring a head gate to (B|1, H, N|1, 1)."""
         samples, heads, length, _ = y.shape
@@ -563,6 +614,10 @@ class Attention(nn.Module):
         return gate[:, :, None, None] if gate.ndim == 2 else gate[..., None]
 
     def _weights(self, call: Call, strict: bool) -> Tensor | None:
+        if self._recalls(call.cache):
+            if strict:
+                raise ZooError(f"{self.spec!r} forms no weights while it recalls from a cache")
+            return None
         if self.attend is None:
             return engine.weights(self.parts, call)
         if strict or self.traits.weights:

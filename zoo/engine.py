@@ -69,6 +69,11 @@ def strips(call: Call, select: Select, whole: bool = False) -> Iterator[Strip]:
             first, last = 0, total
             if call.causal:
                 last = min(last, max(0, call.q_start + part.stop - call.k_start))
+            if call.cu_seqlens is not None and not torch.compiler.is_compiling():
+                # No key before the first row's sequence, none after the last row's.
+                ends = call.cu_seqlens.tolist()
+                first = max(end for end in ends if end <= part.start)
+                last = min(last, min(end for end in ends if end >= part.stop))
             bounds = select.key_range(call, part)
             if bounds is not None:
                 first, last = max(first, bounds[0]), min(last, bounds[1])
@@ -95,6 +100,9 @@ def strip_mask(strip: Strip, select: Select) -> Tensor | None:
     first_row = call.q_start + strip.rows.start
     if call.causal and call.k_start + strip.keys.stop - 1 > first_row:
         masks.append(strip.k_index <= strip.q_index[:, None])
+    if call.documents is not None:
+        rows, keys = call.documents[strip.rows], call.documents[strip.keys]
+        masks.append(rows[:, None] == keys)
     mask = None
     for item in masks:
         if item is not None:

@@ -71,6 +71,8 @@ class Call:
         bias: Added to the scores, broadcastable to (B, score_heads, N, M), or None.
         dropout: Probability in force (0 outside training).
         cache: This layer's cache while decoding, or None.
+        cu_seqlens: Bounds of the sequences packed into the one sample, (S + 1,), or None.
+        documents: Number of the packed sequence of each token, (N,), or None.
         prepared: What the parts' `prepare` returned, by socket.
     """
 
@@ -89,6 +91,8 @@ class Call:
     bias: Tensor | None = None
     dropout: float = 0.0
     cache: LayerCache | None = None
+    cu_seqlens: Tensor | None = None
+    documents: Tensor | None = None
     prepared: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -186,6 +190,29 @@ def grouped_matmul(a: Tensor, b: Tensor) -> Tensor:
     return (folded @ b).view(a.shape[0], heads, rows, b.shape[-1])
 
 
+def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
+    """Refuse bounds of packed sequences that are no bounds.
+
+    Args:
+        cu_seqlens: First token of each sequence and, last, the end, (S + 1,) integers.
+        length: Tokens in all.
+
+    Raises:
+        ZooError: Wrong type or shape, not from 0 to `length`, or decreasing.
+    """
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
+        raise ZooError(
+            f"cu_seqlens of dtype {cu_seqlens.dtype} and shape {tuple(cu_seqlens.shape)}; allowed: "
+            "int32 or int64 of rank 1"
+        )
+    if torch.compiler.is_compiling():
+        return  # their values are not known
+    ends = cu_seqlens.tolist()
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != length or sorted(ends) != ends:
+        shown = f"{ends[:4]}..." if len(ends) > 8 else f"{ends}"
+        raise ZooError(f"cu_seqlens={shown} must go from 0 to {length} without decreasing")
+
+
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """Repeat each head of (B, G, M, D) consecutively up to `heads`; a single one is not copied."""
     if x.shape[1] == 1:
@@ -243,8 +270,17 @@ class Part(nn.Module):
         Models call it on every layer; parts that share nothing between layers ignore it.
         """
 
+    def advance(self, done: float) -> None:
+        """Take note that training has done this share of its steps, from 0 to 1.
+
+        Trainers call it before every step, and before a checkpoint of that age is evaluated.
+        """
+
     def routes(self) -> tuple[Route, ...]:
-        """Fast routes that this part brings, best first."""
+        """Fast routes that this part brings, best first.
+
+        The last resort is the strip engine, or the `forward` of an attend part.
+        """
         return ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -331,6 +367,10 @@ class Select(Part):
 
     kind = "select"
 
+    def change_keys(self, k: Tensor, cache: LayerCache | None, cu_seqlens: Tensor | None) -> Tensor:
+        """Change the new keys (B, k_heads, N, qk_dim) before they are rotated and cached."""
+        return k
+
     def allow(self, strip: Strip) -> Tensor | None:
         """Boolean mask broadcastable to (B, score_heads, R, M), or None for all pairs."""
         raise ZooError(f"{type(self).__name__} does not define allow")
@@ -348,6 +388,8 @@ class Normalize(Part):
     """Turns scores into weights."""
 
     kind = "normalize"
+    # With a cache, `recall` does all of the work and keeps the memory itself.
+    recalls: bool = False
 
     def change_layout(self, layout: Layout) -> Layout:
         """Head layout that this normalizer wants, given the plain one."""
@@ -371,6 +413,14 @@ class Normalize(Part):
     def finish(self, y: Tensor) -> Tensor:
         """Change the heads' outputs (B, heads, N, v_dim) before they are combined."""
         return y
+
+    def recall(self, host: Attention, call: Call) -> Tensor:
+        """Outputs of the heads (B, heads, N, v_dim) from the new tokens and what `recalls` kept.
+
+        Queries and keys of the call are those of the new tokens, not rotated; whatever later
+        passes need goes into `call.cache`.
+        """
+        raise ZooError(f"{type(self).__name__} does not define recall")
 
 
 class Attend(Part):
@@ -423,6 +473,18 @@ def build(cls: type, facts: Mapping[str, Any], options: Mapping[str, Any]) -> An
         if isinstance(wanted[name].default, bool) and not isinstance(value, bool):
             raise ZooError(f"{name}={value!r} of {cls.__name__} must be True or False")
     return cls(**{k: v for k, v in facts.items() if k in wanted}, **options)
+
+
+def advance(model: nn.Module, done: float) -> None:
+    """Tell every part of a model how much of its training is done.
+
+    Args:
+        model: Holds the parts.
+        done: Share of the steps, from 0 to 1.
+    """
+    for part in model.modules():
+        if isinstance(part, Part):
+            part.advance(done)
 
 
 def tie_layers(model: nn.Module) -> None:

@@ -43,7 +43,7 @@ _PACKAGES = {"mixer": "mixers", "model": "models", "cache": "caches"}
 HOST_FACTS = frozenset(
     (
         *("dim", "heads", "kv_heads", "head_dim", "causal", "max_len", "depth", "dropout"),
-        *("bias", "layout", "device", "dtype"),
+        *("bias", "layout", "layers", "device", "dtype"),
     )
 )
 
@@ -193,6 +193,7 @@ class Traits:
         decode: Step by step with a cache equals the parallel form.
         weights: Attention weights can be asked for.
         grouped: Fewer key/value heads than query heads are possible.
+        packed: Several sequences in one, by `cu_seqlens`, equal each on its own.
         equivariant: Without positions and causality, permuting tokens permutes the output.
         compile: ``torch.compile(fullgraph=True)`` takes it.
         cost: Time per head in N, M, D and the part's options, e.g. ``"N * window"``.
@@ -206,6 +207,7 @@ class Traits:
     decode: bool = True
     weights: bool = True
     grouped: bool = True
+    packed: bool = True
     equivariant: bool = True
     compile: bool = True
     cost: str = "N * M * D"

@@ -32,12 +32,20 @@ class Route:
         run: Outputs of the heads, (B, heads, N, v_dim).
         auto: Whether a host may take it without being told to. The straightforward form of a
             mechanism is a route that only its name brings: something to compare with.
+        packed: Whether it keeps packed sequences (`call.cu_seqlens`) apart.
     """
 
     name: str
     refuse: Callable[[Attention, Call], str | None]
     run: Callable[[Attention, Call], Tensor]
     auto: bool = True
+    packed: bool = False
+
+    def reason(self, host: Attention, call: Call) -> str | None:
+        """Why the route cannot take this pass, or None."""
+        if call.cu_seqlens is not None and not self.packed:
+            return "it does not keep packed sequences apart"
+        return self.refuse(host, call)
 
 
 @dataclass(frozen=True)
@@ -133,26 +141,49 @@ def _refuse_strips(host: Attention, call: Call) -> str | None:
 
 SDPA = Route("sdpa", _refuse_sdpa, _run_sdpa)
 SDPA_STRIPS = Route(
-    "sdpa_strips", _refuse_strips, lambda host, call: engine.run(host.parts, call, fused=True)
+    "sdpa_strips",
+    _refuse_strips,
+    lambda host, call: engine.run(host.parts, call, fused=True),
+    packed=True,
 )
-ENGINE = Route("engine", lambda host, call: None, lambda host, call: engine.run(host.parts, call))
+ENGINE = Route(
+    "engine",
+    lambda host, call: None,
+    lambda host, call: engine.run(host.parts, call),
+    packed=True,
+)
 DENSE = Route(
-    "dense", lambda host, call: None, lambda host, call: engine.run(host.parts, call, whole=True)
+    "dense",
+    lambda host, call: None,
+    lambda host, call: engine.run(host.parts, call, whole=True),
+    packed=True,
 )
+
+
+def _run_attend(host: Attention, call: Call) -> Tensor:
+    assert host.attend is not None
+    return host.attend(call)
 
 
 def candidates(host: Attention) -> list[Route]:
     """Every route of a host, in the order in which they are asked."""
+    if host.attend is not None:
+        own = Route(
+            host.part_names["attend"],
+            lambda host, call: None,
+            _run_attend,
+            packed=host.traits.packed,
+        )
+        return [*host.attend.routes(), own]
     parts = [part for part in host.socket_parts() if type(part).routes is not Part.routes]
     return [*(route for part in parts for route in part.routes()), SDPA, SDPA_STRIPS, ENGINE]
 
 
 def names(host: Attention) -> list[str]:
     """Names that the host's `route` may have."""
-    if host.attend is not None:
-        return ["auto", host.part_names["attend"]]
     found = [route.name for route in candidates(host)]
-    return ["auto", *dict.fromkeys(found), DENSE.name]
+    last = [DENSE.name] if host.attend is None else []
+    return ["auto", *dict.fromkeys(found), *last]
 
 
 def choose(host: Attention, call: Call) -> Route:
@@ -163,12 +194,12 @@ def choose(host: Attention, call: Call) -> Route:
     """
     routes = candidates(host)
     if host.route == "auto":
-        return next(route for route in routes if route.auto and not route.refuse(host, call))
+        return next(route for route in routes if route.auto and not route.reason(host, call))
     # Two parts may bring a route of one name, such as their straightforward form.
     reasons = []
-    for route in [*routes, DENSE]:
+    for route in routes if host.attend is not None else [*routes, DENSE]:
         if route.name == host.route:
-            reason = route.refuse(host, call)
+            reason = route.reason(host, call)
             if not reason:
                 return route
             reasons.append(reason)
@@ -180,10 +211,13 @@ def explain(host: Attention, call: Call) -> Explanation:
     taken = choose(host, call)
     refused: dict[str, str] = {}
     skipped = []
+    if host.attend is not None:
+        whole = f"{host.part_names['attend']!r} fills score, select and normalize by itself"
+        refused = dict.fromkeys((SDPA.name, ENGINE.name), whole)
     for route in candidates(host):
         if not route.auto:
             continue
-        reason = route.refuse(host, call)
+        reason = route.reason(host, call)
         if reason:
             refused[route.name] = reason
         elif route.name != taken.name:

@@ -271,3 +271,16 @@ def test_what_is_no_host_has_no_core() -> None:
     report = measure(Setting(specs=["gru", HANDWRITTEN], lengths=[8], core=True, **TINY))
     assert report.failed == ["gru", HANDWRITTEN]
     assert all("is no host" in row.error for row in report.rows if row.spec != "mha")
+
+
+def test_only_the_baseline_may_be_causal(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, bool]] = []
+    build = measuring.contenders.build
+
+    def noted(name: str, facts: dict[str, object]) -> nn.Module:
+        made.append((name, bool(facts["causal"])))
+        return build(name, facts)
+
+    monkeypatch.setattr(measuring.contenders, "build", noted)
+    measure(Setting(specs=["linear"], lengths=[4], causal=False, causal_baseline=True, **TINY))
+    assert set(made) == {("mha", True), ("linear", False)}

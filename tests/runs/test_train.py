@@ -435,3 +435,13 @@ def test_the_parts_that_the_host_takes_are_the_ones_that_are_trained(tmp_path):
     assert record.attention == zoo.canonical("rope")
     with pytest.raises(ZooError, match="did you mean"):
         train(tmp_path, tiny(attention="ropee"))
+
+
+def test_parts_are_told_how_much_of_the_training_is_done(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(zoo.parts.Part, "advance", lambda self, done: told.append(done))
+    record = train(tmp_path)
+    best = max(record.history, key=lambda row: (row["val/accuracy"], -row["step"]))["step"]
+    each = [share for i, share in enumerate(told) if i == 0 or share != told[i - 1]]
+    assert each[:30] == [step / 30 for step in range(30)]
+    assert told[-1] == best / 30, "the checkpoint that is evaluated has an age of its own"

@@ -100,7 +100,7 @@ def chunked_sums(
         2020,
         "2006.16236",
     ),
-    traits=Traits(mask="keys", bias=False, cost="N * D * D"),
+    traits=Traits(mask="keys", bias=False, packed=False, cost="N * D * D"),
     taxonomy=Taxonomy(
         sequences="self",
         levels="single",

@@ -36,6 +36,8 @@ class Setting:
         heads: Heads H.
         batch: Samples B.
         causal: Query i sees keys 0..i only.
+        causal_baseline: The baseline is causal even where the others are not: what attention on
+            grids is commonly held against.
         threads: Threads of torch on the CPU.
         backward: Measure forward+backward as well.
         core: Measure what a host does between its projections only.
@@ -58,6 +60,7 @@ class Setting:
     heads: int = 8
     batch: int = 1
     causal: bool = True
+    causal_baseline: bool = False
     threads: int = 1
     backward: bool = True
     core: bool = False
@@ -279,7 +282,7 @@ def _prepare(setting: Setting, row: Row) -> Callable[[], object]:
     facts: dict[str, Any] = {
         "dim": setting.dim,
         "heads": setting.heads,
-        "causal": setting.causal,
+        "causal": setting.causal or (setting.causal_baseline and row.spec == setting.baseline),
         "max_len": max(setting.lengths),
         "device": setting.device,
         "dtype": dtype,

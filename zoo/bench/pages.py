@@ -1,4 +1,4 @@
-"""Tables of measurements in a page, written from the JSON files that `zoo bench` leaves.
+"""Tables of measurements in a page, written from the JSON files of `zoo bench` and `zoo kernels`.
 
 ``python -m zoo.bench.pages docs/performance.md`` renews every table between two markers::
 
@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zoo.bench import kernel_report
+from zoo.bench.report import direction
 from zoo.errors import ZooError
 from zoo.runs.markdown import NONE, code, milliseconds, table
 
@@ -34,7 +36,7 @@ def tables(content: Mapping[str, Any]) -> str:
     lines = [
         f"{device['name']}, {setting['device']}, threads {setting['threads']}, PyTorch "
         f"{versions['torch']}, {setting['dtype']}; B = {setting['batch']}, dim {setting['dim']}, "
-        f"{setting['heads']} heads, {'causal' if setting['causal'] else 'bidirectional'}; {layer}. "
+        f"{setting['heads']} heads, {direction(setting)}; {layer}. "
         f"Cells: {'processor' if setting['device'] == 'cpu' else 'elapsed'} time in ms, in "
         f"brackets the speed against {code(setting['baseline'])} (median over at least "
         f"{setting['rounds']} interleaved rounds, above 1 is faster). Growth: exponent of the time "
@@ -94,11 +96,16 @@ def renew(text: str, folder: Path) -> str:
         path = folder / found[1]
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            body = tables(content)
+            if content.get("schema") == kernel_report.SCHEMA:
+                body = kernel_report.tables(content)
+            else:
+                body = tables(content)
         except OSError as error:
             raise ZooError(f"{path}: {error.strerror or error}") from None
         except (ValueError, LookupError, TypeError) as error:
-            raise ZooError(f"{path} is no measurement of 'zoo bench': {error!r}") from None
+            raise ZooError(
+                f"{path} is no measurement of 'zoo bench' or 'zoo kernels': {error!r}"
+            ) from None
         return f"<!-- begin bench {found[1]} -->\n\n{body}\n\n<!-- end bench -->"
 
     result, count = _TABLE.subn(written, text)

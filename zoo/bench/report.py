@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,14 @@ def slug(report: Report) -> str:
     return re.sub(r"[^A-Za-z0-9_.=-]+", "_", words)
 
 
+def direction(setting: Mapping[str, Any]) -> str:
+    """Say who sees whom."""
+    if setting["causal"]:
+        return "causal"
+    against = f", but {setting['baseline']} causal" if setting.get("causal_baseline") else ""
+    return f"bidirectional{against}"
+
+
 def header(report: Report) -> str:
     """How the figures came about, in a few lines."""
     s = report.setting
@@ -38,7 +47,7 @@ def header(report: Report) -> str:
     clock = "processor time" if s.device == "cpu" else "elapsed time"
     return "\n".join(
         [
-            f"B={s.batch} C={s.dim} H={s.heads} {'causal' if s.causal else 'bidirectional'} "
+            f"B={s.batch} C={s.dim} H={s.heads} {direction(asdict(s))} "
             f"{'core only, ' if s.core else ''}{s.dtype}, {where['name']} ({s.device}, "
             f"threads={s.threads})",
             "ms, CPU ms: median elapsed and processor time of a call, each with its interquartile "

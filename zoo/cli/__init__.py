@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli import browse, claims, measure, training
+from zoo.cli import browse, claims, kernels, measure, training
 from zoo.cli.errors import Commands, guarded
 
 app = typer.Typer(
@@ -49,6 +49,7 @@ def _common(
 for _command in (
     *(browse.list_, browse.info, training.run, training.sweep, claims.claim),
     *(training.leaderboard, training.sample, measure.show, measure.bench),
+    kernels.kernels,
 ):
     app.command(name=_command.__name__.strip("_"))(_command)
 

@@ -24,6 +24,9 @@ def bench(
     heads: Annotated[int, typer.Option(help="Heads.")] = 8,
     batch: Annotated[int, typer.Option(help="Samples.")] = 1,
     causal: Annotated[bool, typer.Option(help="Causal or bidirectional.")] = True,
+    causal_baseline: Annotated[
+        bool, typer.Option("--causal-baseline", help="Only the baseline is causal.")
+    ] = False,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
     forward_only: Annotated[
         bool, typer.Option("--forward-only", help="Leave out forward+backward.")
@@ -56,7 +59,8 @@ def bench(
         dim=dim,
         heads=heads,
         batch=batch,
-        causal=causal,
+        causal=causal and not causal_baseline,
+        causal_baseline=causal_baseline,
         threads=threads,
         backward=not forward_only,
         core=core,

@@ -212,7 +212,7 @@ class DecoderLM(nn.Module):
             entry = info(parse(spec)[0].name)
             heads_only = {"kv_heads": kv_heads, "head_dim": head_dim, "qk_norm": qk_norm}
             if entry.kind != "mixer":
-                options.update(heads_only, dropout=dropout, max_len=max_len, depth=i)
+                options.update(heads_only, dropout=dropout, max_len=max_len, depth=i, layers=depth)
             elif given := {key: value for key, value in heads_only.items() if value}:
                 key, value = given.popitem()
                 raise ZooError(

@@ -14,6 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, RichProgressBar
 from torch import Tensor
 
+from zoo.parts import advance
 from zoo.runs.checkpoints import KEEPER, LAST, best_path, random_state, set_random_state
 
 
@@ -148,6 +149,14 @@ class Keeper(Checkpoint):
         self.history, self.best = list(state["history"]), dict(state["best"])
         self.step, self.over = state["step"], state["over"]
         self._random = state["random"]
+
+
+class Progress(Callback):
+    """Tells the parts of the model how much of the training is done."""
+
+    def on_train_batch_start(self, trainer: Trainer, task: LightningModule, *args: Any) -> None:
+        """Tell them before every step."""
+        advance(task, trainer.global_step / trainer.max_steps)
 
 
 class Clock(Callback):

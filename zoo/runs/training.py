@@ -17,9 +17,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from zoo.datasets import DataModule
+from zoo.parts import advance
 from zoo.runs import cost, environment
 from zoo.runs.build import CHECKPOINTS, CONFIG, build_task, example
-from zoo.runs.callbacks import Bar, Clock, Diverged, Keeper
+from zoo.runs.callbacks import Bar, Clock, Diverged, Keeper, Progress
 from zoo.runs.checkpoints import LAST, AtomicCheckpointIO, keeper_state, read_checkpoint
 from zoo.runs.config import data_module, identify, settings
 from zoo.runs.records import Record, replace_text, write
@@ -111,7 +112,7 @@ class Training:
 
     def _trainer(self, bar: bool) -> Trainer:
         given = self.config.trainer
-        callbacks: list[Callback] = [self.clock, self.keeper]
+        callbacks: list[Callback] = [self.clock, self.keeper, Progress()]
         minutes = given.max_minutes
         return Trainer(
             accelerator=self._accelerator,
@@ -152,6 +153,7 @@ class Training:
 
     def _test(self, trainer: Trainer, task: Task, data: DataModule) -> None:
         """Evaluate the checkpoint that was best on validation on every test set, once."""
+        advance(task, self.keeper.best["step"] / self.config.trainer.max_steps)
         trainer.test(
             task,
             datamodule=data,

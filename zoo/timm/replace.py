@@ -64,7 +64,12 @@ def swap(
         )
     else:
         specs = list(spec)
-    new = [_replacement(model, block, specs[i], i, copy, options) for i, block in enumerate(blocks)]
+    new = []
+    for i, block in enumerate(blocks):
+        told = options
+        if parse(specs[i])[0].entry.kind in SOCKETS:
+            told = {"layers": len(blocks), **options}
+        new.append(_replacement(model, block, specs[i], i, copy, told))
     for block, attn in zip(blocks, new, strict=True):
         block.attn = attn
     return len(new)
