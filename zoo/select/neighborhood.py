@@ -72,7 +72,7 @@ def _refuse(host: Attention, call: Call) -> str | None:
 def _inputs(host: Attention, call: Call, name: str) -> forms.Inputs:
     """The pass as a backend takes it, without the tokens in front."""
     part = _part(host)
-    grid = replace(part.place(call.q.shape[2]), prefix=0)
+    grid = replace(part.grid_of(call.q.shape[2]), prefix=0)
     q, k, v = (x[:, :, part.prefix :] for x in (call.q, call.k, call.v))
     extra = None
     if part.prefix:
@@ -113,7 +113,7 @@ def _refuse_flex(host: Attention, call: Call) -> str | None:
 
 
 def _run_flex(host: Attention, call: Call) -> Tensor:
-    grid = _part(host).place(call.q.shape[2])
+    grid = _part(host).grid_of(call.q.shape[2])
     return flex_windows(call.q, call.k, call.v, grid, call.scale)
 
 
@@ -284,7 +284,7 @@ class Neighborhood(Select):
         forms.check_sizes(self.kernel, self.dilation, self.stride, sides)
         return sides
 
-    def place(self, tokens: int) -> Grid:
+    def grid_of(self, tokens: int) -> Grid:
         """The grid of so many tokens."""
         return Grid(self.shape(tokens), self.windows, self.dilation, self.prefix)
 
@@ -327,7 +327,7 @@ class Neighborhood(Select):
             return axis_allowed(rows, keys, self.windows[0], self.dilation[0], sizes)
         total = call.k_start + call.k.shape[2]
         if "ends" not in known:
-            return self.place(total).allowed(rows, keys)
+            return self.grid_of(total).allowed(rows, keys)
         ends = known["ends"]
         ends = ends[strip.batch] if len(ends) > 1 else ends
         ends = ends[:, None, None, None]
@@ -341,7 +341,7 @@ class Neighborhood(Select):
     def bias(self, strip: Strip) -> Tensor:
         """The table's entries, (score_heads, R, M)."""
         assert self.rpb is not None
-        grid = self.place(strip.call.q.shape[2])
+        grid = self.grid_of(strip.call.q.shape[2])
         i, j = strip.q_index[:, None] - self.prefix, strip.k_index - self.prefix
         entries = self.rpb.flatten(1)[:, grid.offsets(i.clamp(min=0), j.clamp(min=0))]
         if self.prefix:  # tokens in front stand nowhere
