@@ -22,15 +22,13 @@ from zoo.kernels import _moba_gate, moba, refuse
 from zoo.kernels.common import INTERPRET, block_d, rows, strides, upcast
 
 HEAD_DIM = 256
-# The lists of a tile of queries stay in registers; longer ones would spill.
-MOST = 32
+# The lists of a tile of queries stay in registers; longer ones would spill on Hopper.
+MOST = 16
 # Parts of bfloat16 that hold a number of each type.
 TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
-def refuse_gate(
-    q: Tensor, k: Tensor, block: int, picks: int, *, by_name: bool = False
-) -> str | None:
+def refuse_gate(q: Tensor, k: Tensor, picks: int, *, by_name: bool = False) -> str | None:
     """Say why the kernel cannot choose `picks` blocks by q and k, or None where it can."""
     reason = refuse(q, k, head_dim=HEAD_DIM, by_name=by_name)
     if reason is None and picks > MOST:
@@ -140,7 +138,7 @@ def choose(
             raise ZooError(f"cu_seqlens is on {cu_seqlens.device}; allowed: {q.device}")
     # Compilers see no environment; there the operator itself refuses a CPU.
     if not torch.compiler.is_compiling():
-        reason = refuse_gate(q, k, block, picks, by_name=True)
+        reason = refuse_gate(q, k, picks, by_name=True)
         if reason is not None:
             raise ZooError(f"backend 'triton': {reason}")
     return moba_choose(q.detach(), k.detach(), cu_seqlens, block, picks)
