@@ -38,8 +38,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighborhood, "ROWS", 16)
     monkeypatch.setattr(neighborhood, "KEYS", 16)
     monkeypatch.setattr(neighborhood, "EXACT", 16)
-    monkeypatch.setattr(neighborhood, "WIDE_ROWS", 32)
-    monkeypatch.setattr(neighborhood, "WIDE", 40)
     if INTERPRET:
         from triton.runtime import interpreter
 
