@@ -5,8 +5,9 @@ cut into parts of bfloat16 that add up to it, three for the 24 bits of float32, 
 parts too small to be seen in float32 are left out.
 """
 
-# Triton's compiler knows no starred items.
+# Tuples grow while Triton's compiler unrolls a loop; it knows no starred items.
 # ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
