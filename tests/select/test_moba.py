@@ -17,7 +17,7 @@ import zoo
 from zoo import engine
 from zoo.errors import ZooError
 from zoo.parts import advance
-from zoo.select import _moba_gate
+from zoo.select import _moba_gate, moba
 from zoo.select._moba_gate import gate, lay_blocks
 from zoo.select.moba import MoBA, choose_blocks, moba_attention, moba_attention_reference
 
@@ -151,9 +151,11 @@ def test_routes_agree(many_strips, kv_heads, spec):
             assert_close(value, expected[name], f"{route} {name}", gradient=name != "output")
 
 
-def test_the_host_takes_gathered_queries_unless_told_otherwise():
+def test_the_host_takes_gathered_queries_unless_told_otherwise(monkeypatch):
     x = draw(2, 9, 16)
     attn = build()
+    assert "below 1024 tokens" in attn.explain(x).refused["moba_gather"]
+    monkeypatch.setattr(moba, "SHORT", 9)
     assert attn.explain(x).route == "moba_gather"
     assert "CPU" in attn.explain(x).refused["moba_triton"]
     assert "not every block" in attn.explain(x).refused["moba_full"]

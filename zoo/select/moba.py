@@ -65,6 +65,8 @@ if TYPE_CHECKING:
 __all__ = ("MoBA", "choose_blocks", "moba_attention", "moba_attention_reference")
 
 MODES = ("moba", "full")
+# Tokens below which gathering costs more than a mask hides (one thread of a CPU, D = 16 to 64).
+SHORT = 1024
 
 
 def _refuse_parts(host: Attention, call: Call) -> str | None:
@@ -97,6 +99,8 @@ def _refuse_gather(host: Attention, call: Call) -> str | None:
     reason = _refuse(host, call) or opaque()
     if reason is None and call.q.is_meta:
         return "tensors on meta have no choices to gather by"
+    if reason is None and host.route == "auto" and call.q.shape[2] < SHORT:
+        return f"a mask is quicker than gathering below {SHORT} tokens"
     return reason
 
 
