@@ -140,7 +140,7 @@ def settle(module: nn.Module, x: Tensor, **inputs: Any) -> dict[str, Tensor]:
     x = x.detach().clone().requires_grad_()
     module.zero_grad(set_to_none=True)
     y = module(x, **inputs)
-    loss = (y * draw(*y.shape, seed=7, dtype=y.dtype)).sum()
+    loss = (y * draw(*y.shape, seed=7, dtype=y.dtype).to(y.device)).sum()
     for value in zoo.auxiliary_losses(module).values():
         loss = loss + value
     loss.backward()

@@ -28,7 +28,7 @@ ALLOWED = {"float32": (1e-5, 3e-5), "float16": (2e-3, 5e-3), "bfloat16": (1e-2, 
 YARDSTICK = "sdpa"
 # A contender that would take more seconds than this, by what it took at another length, is left
 # out: softmax attention takes its time quadratically, the others at least linearly.
-GIVE_UP = 0.5
+GIVE_UP = 0.3
 # Milliseconds of measurement for each cell.
 WARMUP, REPEAT = 10, 60
 

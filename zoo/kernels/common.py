@@ -1,8 +1,6 @@
-"""What the kernels share: types, tile sizes, strides, configurations."""
+"""What the kernels share: types, tile sizes, strides."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -43,8 +41,3 @@ def strides(x: Tensor) -> tuple[int, ...]:
 def rows(x: Tensor) -> Tensor:
     """The tensor itself if its last axis is contiguous, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def configs(every: list[Any]) -> list[Any]:
-    """Configurations to tune over; one where there is no card to time them on."""
-    return every[:1] if INTERPRET or not torch.cuda.is_available() else every
