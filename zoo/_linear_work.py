@@ -178,14 +178,15 @@ class Work:
             width = target.shape[-1]
             grad = grad.view(*target.shape[:-1], 2 * width)
             (a, b), (cos, sin) = grad.split(width, -1), self.turned(lot)
-            grad = torch.mul(a, cos, out=self.buffer("d_act", *target.shape)).addcmul_(b, sin)
-        if self.act != "none":
-            part = self.part(x, lot)
-            if part.dtype != self.dtype or not part.is_contiguous():
-                part = self.buffer(f"raw {name}", *part.shape)
-            grad = grad.view(target.shape)
-            grad = activate_backward(self.act, grad, part, grad)
-        store(target, grad)
+            room = self.buffer("d_act", *target.shape)
+            grad = torch.mul(a, cos, out=room).addcmul_(b, sin)
+        if self.act == "none":
+            store(target, grad)
+            return
+        part = self.part(x, lot)
+        if part.dtype != self.dtype or not part.is_contiguous():
+            part = self.buffer(f"raw {name}", *part.shape)
+        activate_backward(self.act, grad.view(target.shape), part, target)
 
     def angle(self, x: Tensor, grad: Tensor, lot: Lot, total: Tensor | None) -> Tensor:
         """Gradient of the angles of a lot, (b, h, T, D), from that of x; added to `total`.

@@ -224,12 +224,13 @@ class Lightning(Attend):
         Args:
             call: The pass.
             form: Which form.
-            fused: It does the activation and LRPE itself.
+            fused: It can do activation and LRPE itself, under the name of `features`.
         """
         q, k, v = self._operands(call)
         features = Features(self.act, self.theta, call.q_pos)
         options: dict[str, Any] = {}
-        if fused:
+        # An activation alone is as quick outside of the segments, where it is computed once.
+        if fused and self.theta is not None:
             options["features"] = features
         else:
             q, k, v = features.apply(q, k, v)
