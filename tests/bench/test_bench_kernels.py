@@ -101,10 +101,10 @@ def test_slow_contenders_and_late_cells_are_left_out(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(measuring, "cases", lambda smoke: [_false("fine")])
     monkeypatch.setattr(measuring, "GIVE_UP", 0.0)
     plan = Plan(smoke=True)
-    case, slow = _false("fine"), set[tuple[str, str]]()
+    case, taken = _false("fine"), dict[tuple[str, str, str], tuple[int, float]]()
     peaks = {"matmul": 1.0, "copy": 1.0}
-    first = measuring._stage(plan, case, 8, True, peaks, slow, {})
-    second = measuring._stage(plan, case, 16, True, peaks, slow, {})
+    first = measuring._stage(plan, case, 8, True, peaks, taken, {})
+    second = measuring._stage(plan, case, 16, True, peaks, taken, {})
     assert not any(cell.error for cell in first)
     assert all("left out" in str(cell.error) for cell in second)
     late = measure(Plan(smoke=True, seconds=1e-9))

@@ -391,9 +391,15 @@ def _inputs() -> dict[str, object]:
         (lambda a: {"chosen": a["chosen"].to("meta")}, "chosen is on meta"),
         (lambda a: {"q": a["q"].double()}, "backend 'triton': dtype torch.float64"),
         (lambda a: {"k": a["k"].half()}, "backend 'triton': tensors are of"),
-        (lambda a: {"cu_seqlens": torch.tensor([0, 20])}, "a batch of 2"),
-        (lambda a: {"cu_seqlens": torch.tensor([0.0, 20.0])}, "cu_seqlens is torch.float32"),
-        (lambda a: {"cu_seqlens": torch.tensor([0])}, r"cu_seqlens is torch.int64 of shape \(1,\)"),
+        (lambda a: {"cu_seqlens": torch.tensor([0, 20], device=DEVICE)}, "a batch of 2"),
+        (
+            lambda a: {"cu_seqlens": torch.tensor([0.0, 20.0], device=DEVICE)},
+            "cu_seqlens is torch.float32",
+        ),
+        (
+            lambda a: {"cu_seqlens": torch.tensor([0], device=DEVICE)},
+            r"cu_seqlens is torch.int64 of shape \(1,\)",
+        ),
     ],
 )
 def test_bad_input_is_named(

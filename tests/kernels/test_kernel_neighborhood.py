@@ -38,8 +38,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighborhood, "ROWS", 16)
     monkeypatch.setattr(neighborhood, "KEYS", 16)
     monkeypatch.setattr(neighborhood, "EXACT", 16)
-    monkeypatch.setattr(neighborhood, "WIDE_ROWS", 32)
-    monkeypatch.setattr(neighborhood, "WIDE", 40)
     if INTERPRET:
         from triton.runtime import interpreter
 
@@ -250,10 +248,10 @@ def _count(out, a, b, c, RULE: tl.constexpr, SIZE: tl.constexpr, SOME: tl.conste
     tl.store(out + SIZE + t, t * 0 + y)
     tl.store(out + 2 * SIZE + t, t * 0 + z)
     if SOME:
-        x, y, z = tiles.full_tile(t, a, b, c, RULE)
-        tl.store(out + 3 * SIZE + t, t * 0 + x)
-        tl.store(out + 4 * SIZE + t, t * 0 + y)
-        tl.store(out + 5 * SIZE + t, t * 0 + z)
+        p, q, r = tiles.full_tile(t, a, b, c, RULE)
+        tl.store(out + 3 * SIZE + t, t * 0 + p)
+        tl.store(out + 4 * SIZE + t, t * 0 + q)
+        tl.store(out + 5 * SIZE + t, t * 0 + r)
 
 
 @pytest.mark.parametrize(

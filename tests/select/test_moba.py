@@ -15,6 +15,8 @@ from torch.func import functional_call, grad, vmap
 
 import zoo
 from zoo import engine
+from zoo.errors import ZooError
+from zoo.parts import advance
 from zoo.select import _moba_gate
 from zoo.select._moba_gate import gate, lay_blocks
 from zoo.select.moba import MoBA, choose_blocks, moba_attention, moba_attention_reference
@@ -717,3 +719,18 @@ def test_defaults_are_those_of_the_papers():
     assert isinstance(part, MoBA)
     assert (part.block, part.topk, part.mode, part.decode_mode) == (64, 3, "moba", "full")
     assert part.key_weight is None
+
+
+def test_the_last_part_of_training_may_be_full() -> None:
+    host = zoo.create("moba(block=4, full_after=0.75, topk=2)", 16, 2, causal=True)
+    assert isinstance(host, zoo.Attention)
+    part = host.select
+    assert isinstance(part, MoBA)
+    seen = []
+    for done in (0.0, 0.7, 0.75, 1.0, 0.5):
+        advance(host, done)
+        seen.append(part.mode)
+    assert seen == ["moba", "moba", "full", "full", "moba"]
+    for options in ("full_after=0", "full_after=1", "full_after=2", "full_after=0.5, mode=full"):
+        with pytest.raises(ZooError, match="full_after"):
+            zoo.create(f"moba({options})", 16, 2, causal=True)

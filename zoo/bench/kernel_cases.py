@@ -195,7 +195,11 @@ def cases(smoke: bool = False) -> list[Case]:
             check=(33 * 33, 2025),
             valid=_square(13),
         ),
-        Case("window 1024", _window(1024), lambda n: _window_pairs(n, 1024), ("flex", "torch")),
+        Case(
+            *("window 1024", _window(1024), lambda n: _window_pairs(n, 1024), ("flex", "torch")),
+            check=(1500, 2048),
+            valid=lambda n: n >= 1024,
+        ),
         Case("window 256", _window(256), lambda n: _window_pairs(n, 256), ("flex", "torch")),
     ]
 

@@ -20,13 +20,14 @@ from zoo.bench import memory
 from zoo.bench.kernel_cases import Case, Form, cases, inputs, sdpa
 from zoo.errors import ZooError, unknown
 
-LENGTHS = (1024, 4096, 16384, 65536, 131072, 2048, 8192, 32768)
+LENGTHS = (4096, 16384, 65536, 1024, 32768, 131072, 8192, 2048)
 PASSES = ("forward", "forward+backward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Root mean square of the error over that of the reference: output, gradients.
 ALLOWED = {"float32": (1e-5, 3e-5), "float16": (2e-3, 5e-3), "bfloat16": (1e-2, 2e-2)}
 YARDSTICK = "sdpa"
-# A contender whose call took more seconds than this is left out at greater lengths.
+# A contender that would take more seconds than this, by what it took at another length, is left
+# out: softmax attention takes its time quadratically, the others at least linearly.
 GIVE_UP = 0.5
 # Milliseconds of measurement for each cell.
 WARMUP, REPEAT = 10, 60
@@ -187,7 +188,7 @@ def measure(plan: Plan, told: Callable[[str], None] = lambda line: None) -> Repo
         report.checks += found
         if all(check.right for check in found):
             right.add(case.name)
-    slow: set[tuple[str, str]] = set()
+    taken: dict[tuple[str, str, str], tuple[int, float]] = {}
     base: dict[tuple[int, int, int, int, str], float] = {}
     for length in [64] if plan.smoke else plan.lengths:
         for case in every:
@@ -198,7 +199,7 @@ def measure(plan: Plan, told: Callable[[str], None] = lambda line: None) -> Repo
                 report.left_out.append(f"{case.name} at N = {n}: the time was up")
                 continue
             told(f"timing {case.name}, N = {n}")
-            report.cells += _stage(plan, case, n, case.name in right, report.peaks, slow, base)
+            report.cells += _stage(plan, case, n, case.name in right, report.peaks, taken, base)
     return report
 
 
@@ -279,7 +280,7 @@ def _stage(
     length: int,
     right: bool,
     peaks: dict[str, float],
-    slow: set[tuple[str, str]],
+    taken: dict[tuple[str, str, str], tuple[int, float]],
     base: dict[tuple[int, int, int, int, str], float],
 ) -> list[Cell]:
     """All contenders of a case at one length."""
@@ -295,9 +296,12 @@ def _stage(
             if contender == "triton" and not right:
                 cell.error = "the results are wrong; see the checks"
                 continue
-            if (case.name, contender + kind) in slow:
-                cell.error = f"left out: a call took more than {GIVE_UP} s at a smaller length"
-                continue
+            before = taken.get((case.name, contender, kind))
+            if before is not None:
+                growth = (length / before[0]) ** (2 if contender == YARDSTICK else 1)
+                if before[1] * growth > GIVE_UP:
+                    cell.error = f"left out: a call took {before[1]:.2g} s at N = {before[0]}"
+                    continue
             try:
                 form = sdpa(length) if contender == YARDSTICK else case.form(contender, length)
                 if contender == YARDSTICK and key in base:
@@ -316,8 +320,7 @@ def _stage(
                     torch.cuda.empty_cache()
             if contender == YARDSTICK:
                 base[key] = cell.seconds
-            if cell.seconds > GIVE_UP:
-                slow.add((case.name, contender + kind))
+            taken[case.name, contender, kind] = (length, cell.seconds)
             _rate(plan, case, cell, both, peaks, base.get(key))
     return found
 

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+# Looked up once: a compiler cannot look into the search for modules.
+INSTALLED = find_spec("triton") is not None
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -23,7 +25,7 @@ def refuse(*tensors: Tensor, head_dim: int = 128, by_name: bool = False) -> str 
         head_dim: Largest D that the kernel takes.
         by_name: The kernel was asked for by its name: then it may also run in the interpreter.
     """
-    if find_spec("triton") is None:
+    if not INSTALLED:
         return "triton is not installed"
     kind = tensors[0].device.type
     if kind == "cpu":

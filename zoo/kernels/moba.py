@@ -126,8 +126,8 @@ def _gather_tiles(ends: Tensor, choices: int, size: int) -> tuple[int, Tensor, T
     return tiles, torch.searchsorted(until, number, right=True, out_int32=True), until.int()
 
 
-def _tile(q: Tensor, v: Tensor, block: int, chosen: int, *, backward: bool = False) -> _Tile:
-    """Sizes to start from on a GPU; small ones in the interpreter, where tests need many tiles."""
+def _tile(q: Tensor, v: Tensor, block: int, *, backward: bool = False) -> _Tile:
+    """Sizes as an H200 likes them; small ones in the interpreter, where tests need many tiles."""
     if INTERPRET:
         return _Tile(32, min(32, block_d(block)), 4, 1)
     row = max(block_d(q.shape[-1]), block_d(v.shape[-1])) * q.element_size()
@@ -135,10 +135,8 @@ def _tile(q: Tensor, v: Tensor, block: int, chosen: int, *, backward: bool = Fal
         size = _Tile(32, 32, 8, 1)
     elif row > 256:
         size = _Tile(64, 32, 4, 2) if not backward else _Tile(32, 32, 4, 2)
-    elif backward or chosen * block < 512:  # few rows choose the same block: long tiles stay empty
-        size = _Tile(64, 64, 4 if row <= 128 else 8, 2)
     else:
-        size = _Tile(128, 64, 4 if row <= 128 else 8, 3)
+        size = _Tile(64, 64, 4, 2 if backward else 3)
     return size._replace(columns=min(size.columns, block_d(block)))
 
 
@@ -195,14 +193,14 @@ def moba_fwd(
     factor = scale * LOG2_E
     with _on(q):
         if picks and block < tokens:
-            tile = _tile(q, v, block, picks)
+            tile = _tile(q, v, block)
             tiles, tile_block, tile_end = _gather_tiles(ends, tokens * picks, tile.rows)
             _moba.chosen_forward[(tiles * batch * heads,)](
                 q, k, v, part, part_lse, slots, ends, tile_block, tile_end, tables.starts,
                 *moves, factor, tokens, tiles, ends.shape[1] - 1,
                 P=picks, BLOCK=block, **_options(q, k, v, tile),
             )  # fmt: skip
-        tile = _tile(q, v, tokens, 1)
+        tile = _tile(q, v, tokens)
         tiles = triton.cdiv(tokens, tile.rows)
         _moba.own_forward[(tiles * batch * heads,)](
             q, k, v, part, part_lse, chosen, tables.begins, tables.numbers, out, lse,
@@ -262,14 +260,14 @@ def moba_bwd(
     moves = (*strides(grad), *strides(q), *strides(k), *strides(v))
     factor = scale * LOG2_E
     with _on(q):
-        tile = _tile(q, v, tokens, 1, backward=True)
+        tile = _tile(q, v, tokens, backward=True)
         tiles = triton.cdiv(tokens, tile.rows)
         options = _options(q, k, v, tile)
         _moba.row_products[(tiles * batch * heads,)](
             grad, out, delta, *strides(grad), tokens, tiles,
             H=heads, E=v.shape[3], BE=options["BE"], BM=tile.rows, UPCAST=options["UPCAST"],
         )  # fmt: skip
-        near = _tile(q, v, min(block, tokens), picks, backward=True)
+        near = _tile(q, v, min(block, tokens), backward=True)
         pieces = triton.cdiv(min(block, tokens), near.columns)
         shared = _options(q, k, v, near)
         group = {name: value for name, value in shared.items() if name != "H"}

@@ -30,13 +30,12 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.errors import ZooError
 from zoo.kernels import refuse
 from zoo.kernels._neighborhood import Head, _backward_keys, _backward_queries, _forward
-from zoo.kernels._neighborhood_tiles import Rule, count_pairs, count_tiles, widths, with_boxes
+from zoo.kernels._neighborhood_tiles import Rule, count_pairs, count_tiles, with_boxes
 from zoo.kernels.common import INTERPRET, LEAST, block_d, precision, rows, strides, upcast
 
 HEAD_DIM = 128
-# Queries and keys of a box; along one axis, windows of at least WIDE tokens take WIDE_ROWS queries.
+# Queries and keys of a box.
 ROWS, KEYS = 64, 64
-WIDE, WIDE_ROWS = 512, 128
 # Both, where float32 products have to be exact: these keep their factors in registers.
 EXACT = 32
 
@@ -79,20 +78,19 @@ class _Launch(NamedTuple):
 
 
 def _launch(q: Tensor, v: Tensor, grid: tuple[int, ...], rule: Rule, backward: bool) -> _Launch:
-    """Choose boxes, warps and stages; starting points by the room a tile takes, not measured."""
+    """Choose boxes, warps and stages: for half precision as an H200 likes them at D = 128."""
     if not INTERPRET and q.device.type != "cuda":
         raise ZooError(f"q is on {q.device}; allowed: CUDA devices, or TRITON_INTERPRET=1")
     d, e = q.shape[-1], v.shape[-1]
     head = Head(d, e, block_d(d), block_d(e), upcast(q), precision(q))
     width = max(head.block_d, head.block_e)
     half = q.element_size() < 4
-    band = rule.axes == 1 and min(widths(rule)[2], grid[2]) >= WIDE
     if not half and head.precision == "ieee":
         queries, keys = EXACT, EXACT
     else:
-        queries, keys = WIDE_ROWS if band and half and not backward else ROWS, KEYS
+        queries, keys = ROWS, KEYS
     assert min(queries, keys) >= LEAST
-    warps = 8 if width > 64 else 4
+    warps = 8 if width > 64 and not half else 4
     stages = 3 if half and not backward else 2
     return _Launch(grid, with_boxes(grid, rule, queries, keys), head, warps, stages)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zoo import models
 from zoo.datasets import DataModule
 from zoo.errors import ZooError
+from zoo.parts import advance
 from zoo.runs.checkpoints import LAST, best_path, keeper_state, read_checkpoint
 from zoo.runs.config import contents, data_module, identify, load
 from zoo.tasks import Task
@@ -156,4 +157,5 @@ def restore(run: str | Path) -> Restored:
         task.load_state_dict(read_checkpoint(path)["state_dict"])
     except RuntimeError as error:
         raise ZooError(f"{path} does not fit the model: {' '.join(str(error).split())}") from None
+    advance(task, best["step"] / config.trainer.max_steps)
     return Restored(config, data, task.eval(), int(best["step"]))

@@ -105,7 +105,8 @@ def choose_blocks(
 ) -> Tensor:
     """The past blocks that each query attends to beside its own one.
 
-    Computed in float32 at least, by strips of queries; there is no gradient.
+    Computed in float32 at least, by strips of queries or by a Triton kernel on a GPU; there is no
+    gradient.
 
     Args:
         q: (B, H, N, D).
@@ -122,8 +123,21 @@ def choose_blocks(
         ZooError: Sizes that do not fit, or bounds that are none.
     """
     _check(q, k, None, block, topk, cu_seqlens)
+    return _choose(q, k, block, topk, cu_seqlens)
+
+
+def _choose(
+    q: Tensor,
+    k: Tensor,
+    block: int,
+    topk: int,
+    cu_seqlens: Tensor | None,
+    *,
+    by_name: bool = False,
+) -> Tensor:
+    """`choose_blocks` of checked sizes, in the interpreter too where Triton was asked for."""
     blocks = lay_blocks(q.shape[2], k.shape[2], block, cu_seqlens, q.device)
-    return gate(q.detach(), k.detach(), blocks, topk - 1)
+    return gate(q.detach(), k.detach(), blocks, topk - 1, by_name=by_name)
 
 
 def moba_attention(
@@ -163,9 +177,10 @@ def moba_attention(
         raise unknown("backend", backend, BACKENDS)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend in ("auto", "triton"):
-        reason = refuse(q, k, v, by_name=backend == "triton")
+        by_name = backend == "triton"
+        reason = refuse(q, k, v, by_name=by_name)
         if reason is None:
-            chosen = choose_blocks(q, k, block, topk, cu_seqlens)
+            chosen = _choose(q, k, block, topk, cu_seqlens, by_name=by_name)
             return kernel(q, k, v, chosen, block, scale, cu_seqlens)
         if backend == "triton":
             raise ZooError(f"backend='triton' cannot take this: {reason}")

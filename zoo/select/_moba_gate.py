@@ -7,11 +7,13 @@ to choose.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
 from zoo import engine
+from zoo.kernels import refuse
 from zoo.parts import full_precision, grouped_matmul
 
 # Up to this many blocks are found one after the other, which is quicker than sorting.
@@ -32,6 +34,7 @@ class Blocks:
         keys: The same of each key, (M,).
         first: Number of the first block of each query's sequence, (N,); None for a single one.
         of_key: Number of each key's block, (M,); None for a single sequence.
+        bounds: Where packed sequences begin and end, (S + 1,); None for a single one.
     """
 
     size: int
@@ -40,6 +43,7 @@ class Blocks:
     keys: Tensor
     first: Tensor | None = None
     of_key: Tensor | None = None
+    bounds: Tensor | None = None
 
 
 def lay_blocks(
@@ -55,7 +59,8 @@ def lay_blocks(
     blocks = (index - starts[sequence]) // size
     before = (starts.diff() + size - 1) // size
     first = (before.cumsum(0) - before)[sequence]
-    return Blocks(size, keys // size + len(starts) - 1, blocks, blocks, first, first + blocks)
+    count = keys // size + len(starts) - 1
+    return Blocks(size, count, blocks, blocks, first, first + blocks, starts)
 
 
 def _pool(x: Tensor, blocks: Blocks, dim: int) -> Tensor:
@@ -105,6 +110,7 @@ def gate(
     *,
     mask: Tensor | None = None,
     means: Tensor | None = None,
+    by_name: bool = False,
 ) -> Tensor:
     """The best past blocks of each query.
 
@@ -116,6 +122,8 @@ def gate(
         mask: Boolean, True may attend, broadcastable to (B, H, N, M): hidden keys do not count in
             the means, and a block all of whose keys are hidden cannot be chosen.
         means: What `block_means` gives, where it is known.
+        by_name: Whether the Triton kernel was asked for: then it may also run in the interpreter.
+            It takes the work on a GPU anyway, where there is no mask and no mean is known.
 
     Returns:
         (B, H, N, P) int32, numbered within the sequence, best first, -1 where there are fewer.
@@ -124,6 +132,10 @@ def gate(
     device = q.device
     if not picks or not blocks.count or not q.numel():
         return torch.full((samples, heads, length, picks), -1, dtype=torch.int32, device=device)
+    if mask is None and means is None:
+        found = _by_kernel(q, k, blocks, picks, by_name)
+        if found is not None:
+            return found
     with torch.no_grad(), full_precision(q):
         wide = torch.promote_types(q.dtype, torch.float32)
         none = None  # blocks without a visible key
@@ -139,7 +151,7 @@ def gate(
         budget = engine.STRIP_BYTES.get(device.type, engine.STRIP_BYTES["cuda"]) // SHARE
         rows = max(engine.MIN_ROWS, budget // (samples * heads * width * wide.itemsize))
         rows = length if torch.compiler.is_compiling() else min(rows, length)
-        found = []
+        parts = []
         for i in range(0, length, rows):
             part = slice(i, min(i + rows, length))
             own, columns = blocks.own[part], blocks.count
@@ -164,8 +176,22 @@ def gate(
             best = _pick(scores.masked_fill_(~past, -torch.inf), picks)
             if blocks.first is not None:
                 best = (best - first.int()).clamp_(min=-1)
-            found.append(best)
-        return torch.cat(found, 2) if len(found) > 1 else found[0]
+            parts.append(best)
+        return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def _by_kernel(q: Tensor, k: Tensor, blocks: Blocks, picks: int, by_name: bool) -> Tensor | None:
+    """What the Triton kernel chooses, or None where it cannot."""
+    if refuse(q, k, head_dim=q.shape[-1], by_name=by_name) is not None:
+        return None
+    # (Compilers cannot ask for the transforms.)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return None
+    kernel = import_module("zoo.kernels.moba_gate")  # imports triton
+    if kernel.refuse_gate(q, k, picks, by_name=by_name) is not None:
+        return None
+    chosen: Tensor = kernel.choose(q, k, blocks.size, picks, blocks.bounds)
+    return chosen
 
 
 def _rows(mask: Tensor, part: slice) -> Tensor:

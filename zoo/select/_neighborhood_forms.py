@@ -205,7 +205,7 @@ def kernel_tiles(given: Inputs) -> Tensor:
     return kernel(q, k, v, *kernel_rule(grid), scale)
 
 
-def kernel_rule(grid: Grid) -> tuple[tuple[int, ...] | tuple[bool, ...], ...]:
+def kernel_rule(grid: Grid) -> tuple[Any, Any, Any, Any, Any]:
     """Shape, kernel, dilation, stride and causality, as the kernel wants them."""
     windows = grid.windows
     return (

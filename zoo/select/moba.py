@@ -170,12 +170,15 @@ class MoBA(Select):
         mode: "moba", or "full" for plain attention; `set_mode` changes it.
         decode_mode: What passes after the first one with a cache see: "full" (all) or "moba".
         key_conv: Width of the convolution over keys, odd; 0 for none.
+        full_after: Share of the training steps after which attention is full, as in the report's
+            hybrid recipe (0.9 there); trainers say how far they are. None for never.
         layout: Heads and widths.
         device: Where parameters are made.
         dtype: Their type.
 
     Raises:
-        ZooError: `block` or `topk` below 1, `key_conv` even or negative, or an unknown mode.
+        ZooError: `block` or `topk` below 1, `key_conv` even or negative, `full_after` not between
+            0 and 1, or an unknown mode.
     """
 
     def __init__(
@@ -186,6 +189,7 @@ class MoBA(Select):
         mode: str = "moba",
         decode_mode: str = "full",
         key_conv: int = 0,
+        full_after: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -195,10 +199,17 @@ class MoBA(Select):
                 raise ZooError(f"{name}={value!r} must be a whole number of at least 1")
         if type(key_conv) is not int or key_conv < 0 or (key_conv and key_conv % 2 == 0):
             raise ZooError(f"key_conv={key_conv!r} must be 0 or an odd whole number such as 3")
+        if full_after is not None and not (
+            isinstance(full_after, int | float) and 0 < full_after < 1 and mode == "moba"
+        ):
+            raise ZooError(
+                f"full_after={full_after!r} with mode={mode!r}; allowed: a number between 0 and 1 "
+                "with mode='moba', or None"
+            )
         if decode_mode not in MODES:
             raise unknown("decode_mode", decode_mode, MODES)
         self.block, self.topk = block, topk
-        self.decode_mode, self.key_conv = decode_mode, key_conv
+        self.decode_mode, self.key_conv, self.full_after = decode_mode, key_conv, full_after
         self.set_mode(mode)
         self.key_weight: nn.Parameter | None = None
         if key_conv:
@@ -221,6 +232,11 @@ class MoBA(Select):
         if mode not in MODES:
             raise unknown("mode", mode, MODES)
         self.mode = mode
+
+    def advance(self, done: float) -> None:
+        """Switch to full attention for the last part of training, where `full_after` asks so."""
+        if self.full_after is not None:
+            self.set_mode("full" if done >= self.full_after else "moba")
 
     def change_keys(self, k: Tensor, cache: LayerCache | None, cu_seqlens: Tensor | None) -> Tensor:
         """Add what the convolution finds in each key and those before it, (B, G, N, D)."""
@@ -303,5 +319,6 @@ class MoBA(Select):
         """The options."""
         return (
             f"block={self.block}, topk={self.topk}, mode={self.mode!r}, "
-            f"decode_mode={self.decode_mode!r}, key_conv={self.key_conv}"
+            f"decode_mode={self.decode_mode!r}, key_conv={self.key_conv}, "
+            f"full_after={self.full_after}"
         )
