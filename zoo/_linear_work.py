@@ -66,15 +66,17 @@ class Lot:
 def cut_lots(shape: torch.Size, chunk: int, bounds: list[int] | None) -> Iterator[Lot]:
     """Cut a pass over (B, H, N, ..) into lots, a sequence from its first token to its last."""
     samples, heads, length = shape[:3]
+    # Buffers are new to the memory of each pass, so few tokens get small ones.
+    segment = max(min(SEGMENT, STRETCH), min(SEGMENT, samples * heads * length // 4))
     for s in range(1 if bounds is None else len(bounds) - 1):
         start, stop = (0, length) if bounds is None else bounds[s : s + 2]
         size = stop - start
         if not size:
             continue
-        deep = max(1, SEGMENT // min(size, STRETCH))
+        deep = max(1, segment // min(size, STRETCH))
         wide = min(samples, max(1, deep // heads))
         deep = min(deep, heads)
-        step = max(chunk, min(SEGMENT, STRETCH) // chunk * chunk)
+        step = max(chunk, min(segment, STRETCH) // chunk * chunk)
         cuts = [*range(start, start + size // chunk * chunk, step), start + size // chunk * chunk]
         if cuts[-1] != stop:
             cuts.append(stop)

@@ -13,7 +13,7 @@ from zoo.parts import full_precision
 
 NORMS = ("srms", "rms", "layer", "none")
 # Numbers of a piece that is normed and gated at once; a few of such pieces stay near the core.
-PIECE = 1 << 17
+PIECE = 1 << 16
 
 
 def norm_gate(
