@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo import _linear_segments as segments
+from zoo._linear_features import Features
 from zoo.errors import ZooError
 from zoo.parts import check_cu_seqlens, full_precision, repeat_heads
 
@@ -96,6 +97,7 @@ def chunked_linear_attention(
     initial_state: Tensor | None = None,
     chunk: int | None = None,
     cu_seqlens: Tensor | None = None,
+    features: Features | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same in time and memory O(N), on a CPU with its own backward pass.
 
@@ -111,6 +113,7 @@ def chunked_linear_attention(
         chunk: Tokens of a chunk; the result does not depend on it. Default about 64.
         cu_seqlens: Bounds of packed sequences, (S + 1,) integers from 0 to N; B must be 1 and
             states are (S, H, D, E) then.
+        features: What q and k go through first; with LRPE the D of states is twice theirs.
 
     Returns:
         Outputs (B, H, N, E) in the type of v, and the states after the last token in float32
@@ -121,10 +124,14 @@ def chunked_linear_attention(
     """
     if chunk is not None and (type(chunk) is not int or chunk < 1):
         raise ZooError(f"chunk={chunk!r} must be a whole number of at least 1, or None")
-    bounds = _check(q, k, v, log_decay, initial_state, cu_seqlens)
+    plain = _wants_plain(q, log_decay)
+    if features is not None and (plain or not q.numel() or not v.numel() or q.shape[2] == 1):
+        q, k, v = features.apply(q, k, v)
+        features = None
+    wide = features is not None and features.theta is not None
+    bounds = _check(q, k, v, log_decay, initial_state, cu_seqlens, 2 if wide else 1)
     if not q.numel() or not v.numel():
         return _spread(_parallel, q, k, v, log_decay, initial_state, bounds)
-    plain = _wants_plain(q, log_decay)
     if bounds is None and not plain and q.shape[2] == 1:
         return _spread(_recurrent, q, k, v, log_decay, initial_state, None)
     if plain:
@@ -138,7 +145,7 @@ def chunked_linear_attention(
         if bounds is None:  # of equal chunks the last is not a short one
             chunk = -(-q.shape[2] // -(-q.shape[2] // CHUNK))
     decay = None if log_decay is None else log_decay.detach().clamp_min(STEEPEST)
-    return segments.apply(q, k, v, initial_state, decay, chunk, bounds, plain_chunks)
+    return segments.apply(q, k, v, initial_state, decay, chunk, bounds, plain_chunks, features)
 
 
 def plain_chunks(
@@ -174,6 +181,7 @@ def _check(
     log_decay: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    widening: int = 1,
 ) -> list[int] | None:
     """Refuse what does not fit; the bounds of packed sequences as numbers."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -207,7 +215,12 @@ def _check(
             raise ZooError(f"log_decay={log_decay.tolist()!r} must be at most 0")
     bounds = None if cu_seqlens is None else _bounds(cu_seqlens, samples, length)
     if state is not None:
-        wanted = (samples if bounds is None else len(bounds) - 1, heads, width, v.shape[3])
+        wanted = (
+            samples if bounds is None else len(bounds) - 1,
+            heads,
+            width * widening,
+            v.shape[3],
+        )
         if tuple(state.shape) != wanted or not state.is_floating_point():
             raise ZooError(
                 f"initial_state of shape {tuple(state.shape)} and type {state.dtype}; allowed: "

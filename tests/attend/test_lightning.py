@@ -9,12 +9,17 @@ from tolerances import assert_close
 from torch.nn.functional import silu
 
 import zoo
+from zoo import _linear_work
+from zoo._linear_features import ACTIVATIONS, Features
+from zoo.attend import _norm_gate
 from zoo.attend.lightning import (
     FORMS,
     decay_slopes,
     lightning_attention,
     lrpe,
+    srms_norm,
 )
+from zoo.linear_core import chunked_linear_attention
 
 CONTRACT_OPTIONS = [
     {},
@@ -366,3 +371,217 @@ def test_the_functional_form_runs_the_kernel_by_name():
     expected = lightning_attention(*tensors, [0.1, 0.9], backend="reference", **options)
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, "kernel", backend="triton")
+
+
+def operands(length=67, *, turned=True, dtype=torch.float64):
+    """Leaves for the fused features: grouped, odd in every size, q as a projection lays it out."""
+    leaves = {
+        "q": draw(2, length, 4, 5, dtype=dtype).transpose(1, 2),
+        "k": draw(2, 2, length, 5, seed=1, dtype=dtype),
+        "v": draw(2, 2, length, 3, seed=2, dtype=dtype),
+    }
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves["state"] = draw(2, 4, 10 if turned else 5, 3, seed=3, dtype=wide)
+    if turned:
+        leaves["theta"] = draw(4, 5, seed=4, dtype=wide)
+    return {name: x.detach().requires_grad_() for name, x in leaves.items()}
+
+
+def attend(leaves, act, positions, *, fused, **options):
+    """Outputs and last states, with the features in the segments or ahead of them."""
+    features = Features(act, leaves.get("theta"), positions)
+    q, k, v = (leaves[name] for name in "qkv")
+    if fused:
+        options["features"] = features
+    else:
+        q, k, v = features.apply(q, k, v)
+    slopes = torch.tensor([-0.5, -0.1, 0.0, -3.0])
+    return chunked_linear_attention(
+        q, k, v, slopes, initial_state=leaves.get("state"), chunk=6, **options
+    )
+
+
+def gradients(outs, leaves):
+    """Of a sum that weighs every number of the outputs differently."""
+    loss = sum((y.double() * draw(*y.shape, seed=9)).sum() for y in outs)
+    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
+
+
+def assert_fused(leaves, act, positions, **options):
+    found = attend(leaves, act, positions, fused=True, **options)
+    expected = attend(leaves, act, positions, fused=False, **options)
+    dtype = leaves["q"].dtype
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert_close(a, b, "output", dtype=dtype)
+    expected = gradients(expected, leaves)
+    for name, grad in gradients(found, leaves).items():
+        assert_close(grad, expected[name], f"gradient of {name}", gradient=True, dtype=dtype)
+
+
+def every(length):
+    return torch.arange(length)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("segment", [6, 30, 4096])
+def test_fused_features_equal_their_plain_form(monkeypatch, act, turned, segment):
+    monkeypatch.setattr(_linear_work, "SEGMENT", segment)
+    leaves = operands(turned=turned)
+    assert_fused(leaves, act, every(67))
+    batched = torch.stack([every(67), 3 + 2 * every(67)])
+    assert_fused(leaves, act, batched)
+
+
+def test_fused_features_of_packed_sequences():
+    leaves = {name: x[:1].detach().requires_grad_() for name, x in operands().items()}
+    leaves["theta"] = operands()["theta"]
+    leaves["state"] = draw(3, 4, 10, 3, seed=5).requires_grad_()
+    bounds = torch.tensor([0, 20, 20, 67])
+    positions = torch.cat([every(20), every(47)])
+    assert_fused(leaves, "silu", positions, cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("missing", ["q", "k", "v", "state", "theta"])
+def test_fused_features_where_only_some_want_gradients(missing):
+    leaves = operands(13)
+    leaves[missing] = leaves[missing].detach()
+    assert_fused(leaves, "silu", every(13))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_fused_features_of_other_types(dtype, act):
+    assert_fused(operands(13, dtype=dtype), act, every(13))
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_fused_features_of_next_to_nothing(length):
+    assert_fused(operands(length), "silu", every(length))
+
+
+def test_fused_features_by_differences_and_twice():
+    leaves = {name: x.detach()[:1].requires_grad_() for name, x in operands(7).items()}
+    leaves["theta"] = operands(7)["theta"]
+    names = tuple(leaves)
+
+    def form(*tensors):
+        leaves = dict(zip(names, tensors, strict=True))
+        return attend(leaves, "silu", every(7), fused=True)
+
+    tensors = tuple(leaves.values())
+    assert torch.autograd.gradcheck(form, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(form, tensors, fast_mode=True)
+
+
+def test_fused_features_give_way_to_compilers_and_transforms():
+    leaves = operands(13)
+
+    def loss(theta):
+        held = {name: x.detach() for name, x in leaves.items()} | {"theta": theta}
+        return attend(held, "silu", every(13), fused=True)[0].square().sum()
+
+    theta = leaves["theta"]
+    expected = torch.autograd.grad(loss(theta), theta)[0]
+    assert_close(torch.func.grad(loss)(theta.detach()), expected, "torch.func", gradient=True)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_close(
+        torch.autograd.grad(compiled(theta), theta)[0], expected, "compiled", gradient=True
+    )
+
+
+def norm_inputs(norm, gated, dtype=torch.float64):
+    leaves = {"y": draw(2, 7, 3, 5, dtype=dtype).transpose(1, 2).flatten(2)}  # 3 rows of 35
+    if gated:
+        leaves["gate"] = draw(2, 3, 35, seed=1, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    if norm in ("rms", "layer"):
+        leaves["weight"] = draw(35, seed=2, dtype=wide)
+    if norm == "layer":
+        leaves["bias"] = draw(35, seed=3, dtype=wide)
+    return {name: x.requires_grad_() for name, x in leaves.items()}
+
+
+def run_norm(form, norm, leaves, sigmoid=False):
+    others = (leaves.get("weight"), leaves.get("bias"))
+    return form(leaves["y"], leaves.get("gate"), norm, *others, 1e-3, sigmoid)
+
+
+@pytest.mark.parametrize("norm", _norm_gate.NORMS)
+@pytest.mark.parametrize("gate", ["plain", "sigmoid", None])
+@pytest.mark.parametrize("piece", [1, 70, 1 << 17])
+def test_norm_and_gate_equal_their_plain_form(monkeypatch, norm, gate, piece):
+    monkeypatch.setattr(_norm_gate, "PIECE", piece)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        leaves = norm_inputs(norm, gate is not None, dtype)
+        forms = (_norm_gate.norm_gate, _norm_gate.plain_norm_gate)
+        found, expected = (run_norm(f, norm, leaves, gate == "sigmoid") for f in forms)
+        assert found.dtype == expected.dtype == dtype
+        assert_close(found, expected, "output")
+        expected = gradients([expected], leaves)
+        for name, grad in gradients([found], leaves).items():
+            what = f"gradient of {name}"
+            assert_close(grad, expected[name], what, gradient=True, dtype=dtype)
+
+
+@pytest.mark.parametrize("norm", _norm_gate.NORMS)
+@pytest.mark.parametrize("sigmoid", [True, False])
+def test_norm_and_gate_by_differences_and_twice(norm, sigmoid):
+    leaves = norm_inputs(norm, True)
+    leaves = {name: x.detach()[..., :5].requires_grad_() for name, x in leaves.items()}
+
+    def form(*tensors):
+        return run_norm(
+            _norm_gate.norm_gate, norm, dict(zip(leaves, tensors, strict=True)), sigmoid
+        )
+
+    tensors = tuple(leaves.values())
+    assert torch.autograd.gradcheck(form, tensors)
+    assert torch.autograd.gradgradcheck(form, tensors)
+
+
+@pytest.mark.parametrize("missing", ["y", "gate", "weight", "bias"])
+def test_norm_and_gate_where_only_some_want_gradients(missing):
+    leaves = norm_inputs("layer", True)
+    leaves[missing] = leaves[missing].detach()
+    forms = (_norm_gate.norm_gate, _norm_gate.plain_norm_gate)
+    found, expected = (gradients([run_norm(f, "layer", leaves)], leaves) for f in forms)
+    for name, grad in found.items():
+        assert_close(grad, expected[name], f"gradient of {name}", gradient=True)
+
+
+def test_norm_and_gate_give_way_to_compilers_and_transforms():
+    leaves = norm_inputs("layer", True)
+
+    def loss(y):
+        return run_norm(_norm_gate.norm_gate, "layer", {**leaves, "y": y}).square().sum()
+
+    y = leaves["y"]
+    expected = torch.autograd.grad(loss(y), y)[0]
+    assert_close(torch.func.grad(loss)(y.detach()), expected, "torch.func", gradient=True)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_close(torch.autograd.grad(compiled(y), y)[0], expected, "compiled", gradient=True)
+
+
+def test_a_norm_without_weight_and_of_nothing():
+    y = draw(2, 3, 8)
+    wanted = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert_close(_norm_gate.norm_gate(y, None, "srms"), wanted, "srms")
+    assert_close(srms_norm(y), wanted, "srms on its own")
+    assert _norm_gate.norm_gate(y[:, :0], y[:, :0], "srms").shape == (2, 0, 8)
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "tnl3", "lrpe": True}], ids=str)
+def test_a_layer_under_autocast(options):
+    attn = zoo.create("lightning", 12, 3, causal=True, **options)
+    x = draw(2, 19, 12, dtype=torch.float32)
+    expected = settle(attn, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = settle(attn, x)
+    for name, value in found.items():
+        gradient = name != "output"
+        assert_close(
+            value, expected[name], name, gradient=gradient, backend="autocast", dtype=torch.bfloat16
+        )
