@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo import engine, routes
+from zoo import checks, engine, routes
 from zoo.cache import LayerCache
 from zoo.errors import CompatibilityError, ZooError, unknown
 from zoo.parts import (
@@ -33,7 +33,6 @@ from zoo.parts import (
     Score,
     Select,
     build,
-    check_cu_seqlens,
 )
 from zoo.registry import SOCKETS, Traits
 from zoo.spec import DEFAULTS, PartSpec, canonical, parse, sockets
@@ -54,34 +53,6 @@ class Captured:
     pattern: Tensor | None
     heads: Tensor
     norm_input: Tensor | None = None
-
-
-def _check_facts(facts: Mapping[str, Any]) -> None:
-    """Refuse sizes that no layer can have."""
-    wanted = (("dim", 1), ("heads", 1), ("head_dim", 1), ("max_len", 1), ("depth", 0))
-    for name, least in (*wanted, ("layers", 1)):
-        value = facts[name]
-        if value is None and name in ("head_dim", "max_len", "layers"):
-            continue
-        if type(value) is not int or value < least:
-            raise ZooError(f"{name}={value!r} must be a whole number of at least {least}")
-    if facts["layers"] is not None and facts["depth"] >= facts["layers"]:
-        raise ZooError(
-            f"depth={facts['depth']!r} is the index of a layer; it must be below "
-            f"layers={facts['layers']!r}"
-        )
-    if not isinstance(facts["dropout"], int | float) or not 0.0 <= facts["dropout"] < 1.0:
-        raise ZooError(f"dropout={facts['dropout']!r} must lie in [0, 1)")
-
-
-def _check_positions(positions: Tensor, name: str, samples: int, length: int) -> None:
-    if positions.dtype != torch.int64:
-        raise ZooError(f"{name} has dtype {positions.dtype}; allowed: torch.int64")
-    if tuple(positions.shape) not in ((length,), (samples, length)):
-        raise ZooError(
-            f"{name} of shape {tuple(positions.shape)} does not fit; allowed: ({length},) or "
-            f"({samples}, {length})"
-        )
 
 
 class Attention(nn.Module):
@@ -145,7 +116,7 @@ class Attention(nn.Module):
             "device": device,
             "dtype": dtype,
         }
-        _check_facts(facts)
+        checks.check_facts(facts)
         if scale is not None and not isinstance(scale, int | float):
             raise ZooError(f"scale={scale!r} must be a number, or None for 1 / sqrt(width)")
         if head_dim is None:
@@ -321,18 +292,18 @@ class Attention(nn.Module):
         Raises:
             ZooError: An argument has the wrong shape or type, or a part cannot take it.
         """
-        self._check_input(x, context, mask, bias, need_weights)
+        checks.check_input(self, x, context, mask, bias, need_weights)
         if cache is not None and not self.traits.decode:
             raise ZooError(f"{self.spec!r} cannot decode step by step; it takes no cache")
         if cu_seqlens is not None:
-            self._check_packed(cu_seqlens, x, context, cache)
+            checks.check_packed(self, cu_seqlens, x, context, cache)
         call = self._call(x, context, mask, bias, positions, context_positions, cache, cu_seqlens)
         y = self.mix(call)
         if cache is not None:
             cache.length += x.shape[1]
         gate = self.head_gate if head_gate is None else head_gate
         if gate is not None:
-            y = y * self._gate(gate, y)
+            y = y * checks.spread_gate(self, gate, y)
         record = self._recorder is not None
         weights = self._weights(call, strict=need_weights) if need_weights or record else None
         if self._recorder is not None:
@@ -378,9 +349,9 @@ class Attention(nn.Module):
             if name not in names:
                 raise unknown("argument of explain", name, (*names, "cache"))
         mask, bias, positions, others, cu_seqlens = (inputs.get(name) for name in names)
-        self._check_input(x, context, mask, bias, False)
+        checks.check_input(self, x, context, mask, bias, False)
         if cu_seqlens is not None:
-            self._check_packed(cu_seqlens, x, context, cache)
+            checks.check_packed(self, cu_seqlens, x, context, cache)
         if self._recalls(cache):
             name = self.part_names["normalize"]
             return routes.Explanation(f"{name} (recall)", {}, ())
@@ -435,7 +406,7 @@ class Attention(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + length, device=x.device)
         else:
-            _check_positions(positions, "positions", len(x), length)
+            checks.check_positions(positions, "positions", len(x), length)
         for part in [] if given else self.socket_parts():
             if type(part).place is not Part.place:
                 positions = part.place(positions, len(x), cache is None and cu_seqlens is None)
@@ -452,7 +423,7 @@ class Attention(nn.Module):
             if context_positions is None:
                 context_positions = torch.arange(keys, device=x.device)
             else:
-                _check_positions(context_positions, "context_positions", len(x), keys)
+                checks.check_positions(context_positions, "context_positions", len(x), keys)
             new_pos, k_start = context_positions, 0
             if position.embeds and cached is None:
                 context = position.embed(context, context_positions)
@@ -495,8 +466,8 @@ class Attention(nn.Module):
             causal=self.causal,
             scale=self.scale,
             cross=context is not None,
-            mask=self._spread(mask, "mask", q, k, k_start),
-            bias=self._spread(bias, "bias", q, k, k_start),
+            mask=checks.spread(self, mask, "mask", q, k, k_start),
+            bias=checks.spread(self, bias, "bias", q, k, k_start),
             dropout=self.dropout if self.training else 0.0,
             cache=cache,
             cu_seqlens=cu_seqlens,
@@ -515,113 +486,6 @@ class Attention(nn.Module):
         batched = positions.ndim == 2
         held = cache.extend("positions", positions, dim=-1, keep=keep, batched=batched)
         return k, v, held, total - k.shape[2]
-
-    def _spread(
-        self, given: Tensor | None, name: str, q: Tensor, k: Tensor, k_start: int
-    ) -> Tensor | None:
-        """Check a mask or bias against the scores and bring it to rank 4."""
-        if given is None:
-            return None
-        heads, rows, keys = self.heads, q.shape[2], k.shape[2]
-        x = given[None, None] if given.ndim == 2 else given
-        if x.shape[3] == keys + k_start:
-            x = x[..., k_start:]  # the window has let the first keys go
-        wanted = (q.shape[0], heads, rows, keys)
-        if any(a not in (1, b) for a, b in zip(x.shape, wanted, strict=True)):
-            raise ZooError(
-                f"{name} of shape {tuple(given.shape)} does not fit; allowed: "
-                f"({rows}, {keys}) or anything that broadcasts to {wanted} (batch, heads, "
-                "queries, keys); padding of shape (batch, keys) becomes mask[:, None, None, :]"
-            )
-        if x.shape[3] != keys:
-            x = x.expand(-1, -1, -1, keys)
-        if x.shape[1] == heads and heads != self.layout.score_heads and heads > 1:
-            x = x.repeat_interleave(self.layout.score_heads // heads, 1)
-        return x
-
-    def _check_input(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        need_weights: bool,
-    ) -> None:
-        for name, item in (("x", x), ("context", context)):
-            if item is not None and (item.ndim != 3 or item.shape[-1] != self.dim):
-                raise ZooError(
-                    f"{name} of shape {tuple(item.shape)} must be (batch, tokens, dim={self.dim})"
-                )
-        if context is not None:
-            if self.causal:
-                raise ZooError("context given to causal attention: causality needs one sequence")
-            if context.shape[0] != x.shape[0]:
-                raise ZooError(
-                    f"context has batch {context.shape[0]}, but x has batch {x.shape[0]}"
-                )
-        if mask is None and bias is None and context is None and not need_weights:
-            return
-        traits = self.traits
-        if context is not None and not traits.cross:
-            raise ZooError(f"{self.spec!r} cannot attend to a context")
-        if need_weights and not traits.weights:
-            raise ZooError(
-                f"{self.spec!r} forms no attention weights; need_weights is not possible"
-            )
-        if mask is not None:
-            if mask.dtype != torch.bool:
-                raise ZooError(
-                    f"mask has dtype {mask.dtype}; allowed: torch.bool with True = may attend "
-                    "(an additive mask is the argument 'bias')"
-                )
-            if mask.ndim not in (2, 4):
-                raise ZooError(
-                    f"mask has rank {mask.ndim}; allowed: 2 (queries, keys) or "
-                    "4 (batch, heads, queries, keys)"
-                )
-            if traits.mask == "none":
-                raise ZooError(f"{self.spec!r} takes no mask")
-            if traits.mask == "keys" and not (
-                mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == 1
-            ):
-                raise ZooError(
-                    f"{self.spec!r} can hide keys only: mask must have shape (batch, 1, 1, keys), "
-                    f"got {tuple(mask.shape)}"
-                )
-        if bias is not None:
-            if not bias.is_floating_point() or bias.ndim not in (2, 4):
-                raise ZooError(
-                    f"bias of dtype {bias.dtype} and rank {bias.ndim}; allowed: floating point of "
-                    "rank 2 (queries, keys) or 4 (batch, heads, queries, keys)"
-                )
-            if not traits.bias:
-                raise ZooError(f"{self.spec!r} forms no scores that a bias could be added to")
-
-    def _check_packed(
-        self, cu_seqlens: Tensor, x: Tensor, context: Tensor | None, cache: LayerCache | None
-    ) -> None:
-        """Refuse bounds of packed sequences that are none."""
-        if not self.traits.packed:
-            raise ZooError(f"{self.spec!r} takes no packed sequences (cu_seqlens)")
-        for name, given in (("context", context), ("cache", cache)):
-            if given is not None:
-                raise ZooError(f"cu_seqlens packs whole sequences; there can be no {name} beside")
-        if x.shape[0] != 1:
-            raise ZooError(f"x has batch {x.shape[0]}; with cu_seqlens allowed: 1, all packed")
-        check_cu_seqlens(cu_seqlens, x.shape[1])
-
-    def _gate(self, gate: Tensor, y: Tensor) -> Tensor:
-        """Bring a head gate to (B|1, H, N|1, 1)."""
-        samples, heads, length, _ = y.shape
-        shapes = {1: (heads,), 2: (samples, heads), 3: (samples, heads, length)}
-        if shapes.get(gate.ndim) != tuple(gate.shape):
-            raise ZooError(
-                f"head_gate of shape {tuple(gate.shape)} does not fit; allowed: "
-                f"{', '.join(str(s) for s in shapes.values())}"
-            )
-        if gate.ndim == 1:
-            return gate[None, :, None, None]
-        return gate[:, :, None, None] if gate.ndim == 2 else gate[..., None]
 
     def _weights(self, call: Call, strict: bool) -> Tensor | None:
         if self._recalls(call.cache):
