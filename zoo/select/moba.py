@@ -55,6 +55,7 @@ from zoo.select._moba_attention import (
     kernel,
     moba_attention,
     moba_attention_reference,
+    on_meta,
     opaque,
 )
 from zoo.select._moba_gate import Blocks, block_means, gate, lay_blocks, visible
@@ -96,9 +97,7 @@ def _refuse(host: Attention, call: Call) -> str | None:
 
 
 def _refuse_gather(host: Attention, call: Call) -> str | None:
-    reason = _refuse(host, call) or opaque()
-    if reason is None and call.q.is_meta:
-        return "tensors on meta have no choices to gather by"
+    reason = _refuse(host, call) or opaque() or on_meta(call.q)
     if reason is None and host.route == "auto" and call.q.shape[2] < SHORT:
         return f"a mask is quicker than gathering below {SHORT} tokens"
     return reason
@@ -259,7 +258,7 @@ class MoBA(Select):
             if cu_seqlens is not None:
                 earlier = earlier.masked_fill((index < lag)[:, None], 0.0)
             total = total + earlier
-        return k + F.silu(total)
+        return (k + F.silu(total)).to(k.dtype)  # autocast leaves the weights, and so the sum, wide
 
     def prepare(self, call: Call) -> Mapping[str, Any]:
         """Choose blocks for the whole pass, unless all of them are visible."""
@@ -278,7 +277,7 @@ class MoBA(Select):
     def _check_mask(self, call: Call) -> None:
         """Refuse masks whose hidden keys the convolution would carry to visible ones."""
         mask = call.mask
-        if self.key_weight is None or mask is None:
+        if self.key_conv < 2 or mask is None:
             return
         right = mask.shape[1] == mask.shape[2] == 1
         if right and not torch.compiler.is_compiling():  # else their values are not known
