@@ -335,6 +335,26 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert_close(y, exact, "60 times as large scores", dtype=dtype)
 
 
+def test_gradients_that_have_gradients_are_not_rounded_by_autocast():
+    q, k, v, cotangent = tensors_of(dtype=torch.float32)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def gradients(create_graph):
+        y = landmark_attention(*inputs, 3, backend="torch")
+        return torch.autograd.grad((y * cotangent).sum(), inputs, create_graph=create_graph)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = zip(NAMES[1:], gradients(True), gradients(False), strict=True)
+    for name, found, expected in pairs:
+        assert_close(found, expected, name, gradient=True)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_tensors_without_values(backend):
+    q, k, v = (torch.empty(1, 2, 9, 4, device="meta") for _ in range(3))
+    assert landmark_attention(q, k, v, 2, backend=backend).shape == q.shape
+
+
 @pytest.mark.parametrize("size", [(0, 5, 32), (2, 0, 32)])
 @pytest.mark.parametrize("route", ["landmark_blocks", "engine", "reference"])
 def test_empty_input(size, route):
@@ -496,6 +516,8 @@ def test_a_functional_form_under_torch_func_says_so():
         ("selection=max_heads", r"selection='max_heads' has no effect"),
         ("retrieve=2, selection=best", r"best"),
         ("retrieve=2, chunk=0", r"chunk=0"),
+        ("retrieve=all", r"retrieve='all'"),
+        ("retrieve=all, cache_blocks=3", r"retrieve='all'"),
     ],
 )
 def test_bad_options(options, message):

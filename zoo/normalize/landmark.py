@@ -125,7 +125,7 @@ def landmark_attention(
 
 
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, block: int, scale: float) -> Tensor:
-    if not q.numel():
+    if not q.numel() or q.is_meta:
         return landmark_attention_reference(q, k, v, block, scale)
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     return BlockAttention.apply(q, k, v, block, scale)[0]
@@ -265,11 +265,12 @@ class Landmark(Normalize):
         check_block(block)
         if not isinstance(group_dropout, int | float) or not 0 <= group_dropout < 1:
             raise ZooError(f"group_dropout={group_dropout!r} must lie in [0, 1)")
+        blocks = retrieve if type(retrieve) is int else 0
         for name, value, least in (
             ("pos_jump", pos_jump, 0),
             ("retrieve", retrieve, 0),
             ("chunk", chunk, 1),
-            ("cache_blocks", cache_blocks, max(1, retrieve or 0)),
+            ("cache_blocks", cache_blocks, max(1, blocks)),
         ):
             optional = name in ("retrieve", "cache_blocks")
             if value is None and optional:
