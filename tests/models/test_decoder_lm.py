@@ -99,6 +99,15 @@ def test_layers_that_disagree_on_the_embedding_are_refused():
         build(attention="mha+sinusoidal", layers={"first": "mha+learned"})
 
 
+def test_layers_that_disagree_on_jumps_of_positions_are_refused():
+    with pytest.raises(zoo.ZooError, match="disagree on pos_jump: 0 and 50"):
+        build(
+            attention="landmark(block=4, pos_jump=50)",
+            layers={"first": "landmark(block=4)"},
+            position="rope",
+        )
+
+
 def test_initialisation_goes_by_width_and_residual_outputs_are_scaled():
     model = build(dim=64, depth=8)
     assert model.embedding.weight.std().item() == pytest.approx(1 / 8, rel=0.1)

@@ -214,6 +214,7 @@ class DecoderLM(nn.Module):
         only = {"kv_heads": kv_heads, "head_dim": head_dim, "qk_norm": qk_norm, "dropout": dropout}
         mixers = self._mixers(facts, only, max_len)
         every, self.feed_every = (_agreed(mixers, n) for n in ("insert_every", "feed_every"))
+        _agreed(mixers, "pos_jump")  # positions are drawn once for all layers
         self.inserted = None if every is None else Insertion(every, dim, made)
         if self.inserted is not None:
             # Parts that go by a length have to know that of all tokens, the inserted ones too.
@@ -491,7 +492,7 @@ def _agreed(mixers: list[nn.Module], name: str) -> int | None:
         ZooError: They disagree.
     """
     parts = [m for mixer in mixers for m in mixer.modules() if isinstance(m, Part)]
-    found = sorted({getattr(part, name) for part in parts} - {None})
+    found = sorted({getattr(part, name, None) for part in parts} - {None})
     if len(found) > 1:
         raise ZooError(f"layers disagree on {name}: {' and '.join(map(str, found))}")
     return found[0] if found else None
