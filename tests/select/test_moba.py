@@ -593,8 +593,8 @@ def test_autocast_rounds_no_choice_of_the_reference():
 def test_autocast_leaves_convolved_keys_the_type_of_the_others():
     attn = build(key_conv=3, dtype=torch.float32)
     x = draw(1, 23, 16, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), patch.object(MoBA, "prepare", autospec=True) as seen:
-        seen.return_value = {}
+    prepare = patch.object(MoBA, "prepare", autospec=True, return_value={})
+    with prepare as seen, torch.autocast("cpu", torch.bfloat16):
         attn(x)
     call = seen.call_args.args[1]
     assert call.q.dtype == call.k.dtype == call.v.dtype == torch.bfloat16

@@ -366,6 +366,10 @@ class Landmark(Normalize):
         jumps = jumps * (positions % (self.block + 1) == self.block)
         return positions + jumps.cumsum(1) - jumps
 
+    def reach(self, length: int) -> int:
+        """Positions that jumps may reach in so many tokens."""
+        return length + length // (self.block + 1) * max(0, self.pos_jump - 1)
+
     def recall(self, host: Attention, call: Call) -> Tensor:
         """Outputs of the heads (B, H, N, E), from the new tokens and the best finished blocks.
 

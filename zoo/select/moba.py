@@ -24,9 +24,10 @@ What is left open, or differs:
   empty cache and selects, later ones see everything. That is `decode_mode="full"`, the default.
   With "moba" decoding equals the parallel form; the means of finished blocks stay in the cache.
 - Among equal gate values the first block is taken; there are never more than topk.
-- Masks: the official code ignores padding. Here blocks are counted from the first token whatever
-  it is; hidden keys do not count in the means (with a mask of pairs, a block's gate value is the
-  mean of q_t . k_j over the keys visible to t), and a block without a visible key is not chosen.
+- Masks: the official code ignores padding. Here blocks are counted from the first token whatever it
+  is (so that models generate from prompts of one length only); hidden keys do not count in the
+  means (with a mask of pairs, a block's gate value is the mean of q_t . k_j over the keys visible
+  to t), and a block without a visible key is not chosen.
 - `key_conv` is FlashMoBA's (Xiao et al. 2025, "Optimizing Mixture of Block Attention"): a depthwise
   causal convolution over keys, k'_t = k_t + SiLU(sum_{l < key_conv} w_l * k_{t-l}), for gate and
   attention alike. Their repository holds no such code; here it comes before rotation, and w starts
@@ -225,6 +226,11 @@ class MoBA(Select):
         if self.key_weight is not None:
             bound = self.key_conv**-0.5
             nn.init.uniform_(self.key_weight, -bound, bound)
+
+    @property
+    def counts(self) -> bool:  # type: ignore[override]
+        """Whether blocks are counted from the first token."""
+        return self.mode != "full"
 
     def set_mode(self, mode: str) -> None:
         """Switch between "moba" and "full" attention.
