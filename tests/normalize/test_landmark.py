@@ -26,6 +26,7 @@ from zoo.normalize.landmark import (
 CONTRACT_OPTIONS = [{"block": 3}]
 ROUTES = ("engine", "dense", "landmark_blocks", "reference")
 BACKENDS = ("reference", "torch")
+NONE = torch.zeros(5, dtype=torch.bool)  # landmarks
 NAMES = ("output", "q", "k", "v")
 
 
@@ -473,6 +474,15 @@ def test_insert_landmarks():
     [
         (lambda t: insert_landmarks(torch.arange(5), 0, 9), r"block=0"),
         (lambda t: insert_landmarks(torch.arange(5), 2, 3), r"landmark_id=3"),
+        (lambda t: insert_landmarks(torch.ones(5), 2, 9), r"float32.*integers"),
+        (lambda t: insert_landmarks(torch.arange(5), 2, "9"), r"landmark_id='9'"),
+        (lambda t: insert_landmarks(torch.arange(5).to(torch.int8), 2, 300), r"landmark_id=300"),
+        (lambda t: grouped_softmax(draw(1, 5, 5), NONE), r"\(1, 5, 5\) must be"),
+        (lambda t: grouped_softmax(draw(1, 1, 7, 5), NONE), r"last R of M"),
+        (lambda t: grouped_softmax(draw(1, 1, 5, 5), NONE, dropout=2.0), r"dropout=2.0"),
+        (lambda t: grouped_softmax(draw(1, 1, 5, 5), NONE, torch.ones(5, 5)), r"mask.*float32"),
+        (lambda t: grouped_softmax(draw(1, 1, 5, 5), NONE, NONE[:4]), r"mask.*\(4,\)"),
+        (lambda t: landmark_attention(*(x.long() for x in t), 3), r"int64.*floating"),
         (lambda t: landmark_targets(torch.arange(5), torch.ones(4).bool()), r"\(4,\).*5 tokens"),
         (lambda t: grouped_softmax(draw(1, 1, 5, 5), torch.ones(5)), r"float32.*boolean \(5,\)"),
         (lambda t: landmark_attention(*t, True), r"block=True"),
@@ -523,6 +533,12 @@ def test_a_functional_form_under_torch_func_says_so():
 def test_bad_options(options, message):
     with pytest.raises(zoo.ZooError, match=message):
         build(f"landmark({options})")
+
+
+def test_every_option_is_shown():
+    text = repr(build("landmark(block=3, pos_jump=4, retrieve=2, selection=max_heads)").normalize)
+    for option in ("block=3", "pos_jump=4", "retrieve=2", "chunk=250", "selection='max_heads'"):
+        assert option in text
 
 
 def test_a_model_uses_it():

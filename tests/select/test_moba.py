@@ -726,6 +726,7 @@ CALLS = {"block": 4, "topk": 2}
         ({"k": torch.ones(2, 3, 9, 8).double()}, r"k has shape \(2, 3, 9, 8\)"),
         ({"k": torch.ones(2, 2, 23, 8).double()}, r"2 heads.*3"),
         ({"v": torch.ones(2, 3, 22, 8).double()}, r"v has shape \(2, 3, 22, 8\)"),
+        ({"v": torch.ones(2, 3, 23, 8).long()}, "v is of torch.int64"),
         ({"q": torch.ones(3, 23, 8).double()}, r"q has shape \(3, 23, 8\)"),
         ({"cu_seqlens": torch.tensor([0, 23])}, "batch of 1"),
         ({"backend": "tritn"}, "triton"),

@@ -388,4 +388,9 @@ class Landmark(Normalize):
 
     def extra_repr(self) -> str:
         """Options."""
-        return f"block={self.block}, retrieve={self.retrieve}"
+        return (
+            f"block={self.block}, group_dropout={self.group_dropout}, pos_jump={self.pos_jump}, "
+            f"retrieve={self.retrieve}, chunk={self.feed_every}, "
+            f"cache_blocks={self.cache_blocks}, selection={self.selection!r}, "
+            f"offload={self.offload}"
+        )

@@ -84,6 +84,8 @@ def _check(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is not None and x.ndim != 4:
             raise ZooError(f"{name} has shape {tuple(x.shape)}; allowed: (B, heads, N, width)")
+        if x is not None and not x.is_floating_point():
+            raise ZooError(f"{name} is of {x.dtype}; allowed: floating-point tensors")
     if k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
         raise ZooError(
             f"k has shape {tuple(k.shape)}, q {tuple(q.shape)}; batch, length and width must agree"
