@@ -67,6 +67,9 @@ class Part(nn.Module):
     insert_every: int | None = None
     # Ordinary tokens that a model outside training feeds itself at a time, with a cache.
     feed_every: int | None = None
+    # True where a token's place counts from the first one, padding or not, so that a sequence
+    # padded on the left does not get what it gets alone.
+    counts: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,6 +96,10 @@ class Part(nn.Module):
             (N,) or (B, N) int64.
         """
         return positions
+
+    def reach(self, length: int) -> int:
+        """How many positions `place` may need for `length` tokens."""
+        return length
 
     def attach(self, host: Attention) -> None:
         """Look at the other parts of `host`, once all of them are built."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -99,6 +100,15 @@ def test_layers_that_disagree_on_the_embedding_are_refused():
         build(attention="mha+sinusoidal", layers={"first": "mha+learned"})
 
 
+def test_layers_that_disagree_on_jumps_of_positions_are_refused():
+    with pytest.raises(zoo.ZooError, match="disagree on pos_jump: 0 and 50"):
+        build(
+            attention="landmark(block=4, pos_jump=50)",
+            layers={"first": "landmark(block=4)"},
+            position="rope",
+        )
+
+
 def test_initialisation_goes_by_width_and_residual_outputs_are_scaled():
     model = build(dim=64, depth=8)
     assert model.embedding.weight.std().item() == pytest.approx(1 / 8, rel=0.1)
@@ -175,6 +185,17 @@ def test_padding_at_the_end_does_not_reach_the_real_tokens():
     mask = zoo.padding_mask(torch.tensor([9, 5]))
     padded = model(TOKENS, mask=mask)
     torch.testing.assert_close(padded[1:, :5], model(TOKENS[1:, :5]), rtol=1e-5, atol=1e-6)
+
+
+def test_prompts_of_different_lengths_are_refused_where_blocks_are_counted():
+    model = build(attention="moba(block=2, topk=2)").eval()
+    with pytest.raises(zoo.ZooError, match=r"lengths=\[9, 5\].*left.*MoBA cuts blocks"):
+        model.generate(TOKENS, 2, lengths=torch.tensor([9, 5]))
+    same = model.generate(TOKENS, 2, temperature=0, lengths=torch.tensor([9, 9]))
+    assert torch.equal(same, model.generate(TOKENS, 2, temperature=0))
+    model.blocks[0].attn.select.set_mode("full")
+    model.blocks[1].attn.select.set_mode("full")
+    assert model.generate(TOKENS, 2, lengths=torch.tensor([9, 5])).shape == (2, 11)
 
 
 @pytest.mark.parametrize("attention", ["mha", "mha+rope", "linear", "sliding_window(window=4)"])
@@ -326,6 +347,14 @@ def test_decoding_with_inserted_tokens_equals_the_parallel_form(conv, position):
             steps = [model(piece, cache=cache) for piece in LONG.split(pieces, 1)]
         torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-5, atol=1e-5)
         assert cache.length == 21
+
+
+def test_tables_of_positions_have_room_for_jumps():
+    model = build(attention="landmark(block=3, pos_jump=6)", max_len=17, position="learned")
+    # 5 landmarks, after each of which positions may move on by 5.
+    assert model.position.table.num_embeddings == 17 + 5 + 5 * 5
+    with patch("torch.randint", lambda high, *args, **options: torch.full(*args, high - 1)):
+        assert bool(model(LONG).isfinite().all())
 
 
 def test_generation_with_inserted_tokens():

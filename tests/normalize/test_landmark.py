@@ -26,6 +26,7 @@ from zoo.normalize.landmark import (
 CONTRACT_OPTIONS = [{"block": 3}]
 ROUTES = ("engine", "dense", "landmark_blocks", "reference")
 BACKENDS = ("reference", "torch")
+NONE = torch.zeros(5, dtype=torch.bool)  # landmarks
 NAMES = ("output", "q", "k", "v")
 
 
@@ -335,6 +336,26 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert_close(y, exact, "60 times as large scores", dtype=dtype)
 
 
+def test_gradients_that_have_gradients_are_not_rounded_by_autocast():
+    q, k, v, cotangent = tensors_of(dtype=torch.float32)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def gradients(create_graph):
+        y = landmark_attention(*inputs, 3, backend="torch")
+        return torch.autograd.grad((y * cotangent).sum(), inputs, create_graph=create_graph)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = zip(NAMES[1:], gradients(True), gradients(False), strict=True)
+    for name, found, expected in pairs:
+        assert_close(found, expected, name, gradient=True)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_tensors_without_values(backend):
+    q, k, v = (torch.empty(1, 2, 9, 4, device="meta") for _ in range(3))
+    assert landmark_attention(q, k, v, 2, backend=backend).shape == q.shape
+
+
 @pytest.mark.parametrize("size", [(0, 5, 32), (2, 0, 32)])
 @pytest.mark.parametrize("route", ["landmark_blocks", "engine", "reference"])
 def test_empty_input(size, route):
@@ -453,6 +474,15 @@ def test_insert_landmarks():
     [
         (lambda t: insert_landmarks(torch.arange(5), 0, 9), r"block=0"),
         (lambda t: insert_landmarks(torch.arange(5), 2, 3), r"landmark_id=3"),
+        (lambda t: insert_landmarks(torch.ones(5), 2, 9), r"float32.*integers"),
+        (lambda t: insert_landmarks(torch.arange(5), 2, "9"), r"landmark_id='9'"),
+        (lambda t: insert_landmarks(torch.arange(5).to(torch.int8), 2, 300), r"landmark_id=300"),
+        (lambda t: grouped_softmax(draw(1, 5, 5), NONE), r"\(1, 5, 5\) must be"),
+        (lambda t: grouped_softmax(draw(1, 1, 7, 5), NONE), r"last R of M"),
+        (lambda t: grouped_softmax(draw(1, 1, 5, 5), NONE, dropout=2.0), r"dropout=2.0"),
+        (lambda t: grouped_softmax(draw(1, 1, 5, 5), NONE, torch.ones(5, 5)), r"mask.*float32"),
+        (lambda t: grouped_softmax(draw(1, 1, 5, 5), NONE, NONE[:4]), r"mask.*\(4,\)"),
+        (lambda t: landmark_attention(*(x.long() for x in t), 3), r"int64.*floating"),
         (lambda t: landmark_targets(torch.arange(5), torch.ones(4).bool()), r"\(4,\).*5 tokens"),
         (lambda t: grouped_softmax(draw(1, 1, 5, 5), torch.ones(5)), r"float32.*boolean \(5,\)"),
         (lambda t: landmark_attention(*t, True), r"block=True"),
@@ -496,11 +526,19 @@ def test_a_functional_form_under_torch_func_says_so():
         ("selection=max_heads", r"selection='max_heads' has no effect"),
         ("retrieve=2, selection=best", r"best"),
         ("retrieve=2, chunk=0", r"chunk=0"),
+        ("retrieve=all", r"retrieve='all'"),
+        ("retrieve=all, cache_blocks=3", r"retrieve='all'"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(zoo.ZooError, match=message):
         build(f"landmark({options})")
+
+
+def test_every_option_is_shown():
+    text = repr(build("landmark(block=3, pos_jump=4, retrieve=2, selection=max_heads)").normalize)
+    for option in ("block=3", "pos_jump=4", "retrieve=2", "chunk=250", "selection='max_heads'"):
+        assert option in text
 
 
 def test_a_model_uses_it():

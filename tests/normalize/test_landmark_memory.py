@@ -8,6 +8,7 @@ from contract_subject import draw, tiny_strips
 from tolerances import assert_close
 
 import zoo
+from zoo.normalize._landmark_memory import MARKS, Memory
 
 LENGTH = 23
 
@@ -177,6 +178,37 @@ def test_gradients_flow_outside_training():
     (found,) = torch.autograd.grad(y.square().sum(), x)
     (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
     assert_close(found, expected, "x", gradient=True)
+
+
+def test_small_shares_still_have_an_order():
+    """The best share is all there is in numbers, yet the second best block is found."""
+    attn = build(", retrieve=2")
+    likings = torch.tensor([100.0, 300.0, -50.0, 700.0, 900.0], dtype=torch.float64)
+    marks = torch.zeros(1, 5, 4, 8, dtype=torch.float64)
+    marks[..., 0] = likings[:, None]
+    q = torch.zeros(1, 4, 1, 8, dtype=torch.float64)
+    q[..., 0] = 8**0.5
+    for order in range(5):
+        cache = zoo.LayerCache()
+        cache.extend(MARKS, marks.roll(order, 1), dim=1)
+        found = Memory(attn.normalize, attn, cache)._choose(q).index
+        best = sorted(((3 + order) % 5, (4 + order) % 5))
+        assert found.tolist() == [[[best]] * 4]
+
+
+@pytest.mark.parametrize("position", ["", "rope"])
+@pytest.mark.parametrize("selection", ["token_head", "max_tokens"])
+def test_no_samples(selection, position):
+    attn = build(f", retrieve=1, selection={selection}", position)
+    y, cache = feed(attn, draw(0, LENGTH, 32), [8, 8, 7])
+    assert y.shape == (0, LENGTH, 32)
+    assert cache.length == LENGTH
+
+
+def test_tensors_without_values():
+    attn = build(", retrieve=1", "rope", device="meta")
+    y, _ = feed(attn, torch.empty(2, LENGTH, 32, device="meta", dtype=torch.float64), [8, 8, 7])
+    assert y.shape == (2, LENGTH, 32)
 
 
 def test_without_a_cache_nothing_is_retrieved():

@@ -226,6 +226,17 @@ def test_equal_gates_give_the_first_blocks_and_never_too_many(picks):
         assert chosen[0, 0, t].tolist() == expected
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_equal_gates_give_the_same_blocks_everywhere(backend):
+    _, k, v, _ = tensors_of(length=129)
+    q = torch.zeros_like(k)
+    seen = torch.zeros(129, 129, dtype=torch.bool)
+    for i in range(129):
+        seen[i, [j for j in range(i + 1) if j < 4 or j // 2 == i // 2]] = True
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    assert_close(moba_attention(q, k, v, 2, 3, backend=backend), expected, backend)
+
+
 def test_sorting_finds_what_looking_one_by_one_finds():
     q, k, _, _ = tensors_of(60)
     expected = choose_blocks(q, k, 3, 6)
@@ -451,6 +462,13 @@ def test_the_convolution_takes_right_padding_only():
     assert sum(p.numel() for p in attn.select.parameters()) == 3 * 4 * 4
 
 
+def test_a_convolution_of_width_one_mixes_nothing_and_takes_any_mask():
+    attn, x = build(key_conv=1), draw(1, 23, 16)
+    mask = torch.arange(23) != 5
+    y = attn(x, mask=mask[None, None, None])
+    assert_close(y[:, :5], attn(x)[:, :5], "before the hidden key")
+
+
 def test_the_convolution_starts_as_torch_starts_its_own():
     torch.manual_seed(0)
     weight = build(dim=256, heads=4, key_conv=5).select.key_weight.detach()
@@ -564,6 +582,24 @@ def test_half_precision_is_computed_in_float32(dtype):
         assert_close(a, e, name, gradient=name != "output", dtype=dtype)
 
 
+def test_autocast_rounds_no_choice_of_the_reference():
+    q, k, v, _ = tensors_of(length=400, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = moba_attention_reference(q, k, v, 4, 3)
+    # Another block makes a difference of about one.
+    assert (found - moba_attention_reference(q, k, v, 4, 3)).abs().max() < 0.1
+
+
+def test_autocast_leaves_convolved_keys_the_type_of_the_others():
+    attn = build(key_conv=3, dtype=torch.float32)
+    x = draw(1, 23, 16, dtype=torch.float32)
+    prepare = patch.object(MoBA, "prepare", autospec=True, return_value={})
+    with prepare as seen, torch.autocast("cpu", torch.bfloat16):
+        attn(x)
+    call = seen.call_args.args[1]
+    assert call.q.dtype == call.k.dtype == call.v.dtype == torch.bfloat16
+
+
 def test_autocast_does_not_round_the_way_back():
     q, k, v, cotangent = tensors_of(dtype=torch.float32)
     expected = both(moba_attention, q, k, v, cotangent, 4, 2)
@@ -603,6 +639,25 @@ def test_nothing_in_nothing_out(backend, shape):
     y = moba_attention(q, k, v, 4, 2, backend=backend)
     assert y.shape == shape
     assert all(g.shape == shape for g in torch.autograd.grad(y.sum(), (q, k, v)))
+
+
+def test_gradients_that_have_gradients_are_not_rounded_by_autocast():
+    q, k, v, cotangent = tensors_of(dtype=torch.float32)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def gradients(create_graph):
+        y = moba_attention(*inputs, 4, 2, backend="torch")
+        return torch.autograd.grad((y * cotangent).sum(), inputs, create_graph=create_graph)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        same([q, *gradients(True)], [q, *gradients(False)])
+
+
+def test_tensors_without_values_take_the_reference():
+    q, k, v = (torch.empty(1, 2, 9, 4, device="meta") for _ in range(3))
+    assert moba_attention(q, k, v, 2, 2).shape == q.shape
+    with pytest.raises(ZooError, match=r"backend='torch'.*meta"):
+        moba_attention(q, k, v, 2, 2, backend="torch")
 
 
 def test_second_derivatives_are_those_of_the_reference():
@@ -671,6 +726,7 @@ CALLS = {"block": 4, "topk": 2}
         ({"k": torch.ones(2, 3, 9, 8).double()}, r"k has shape \(2, 3, 9, 8\)"),
         ({"k": torch.ones(2, 2, 23, 8).double()}, r"2 heads.*3"),
         ({"v": torch.ones(2, 3, 22, 8).double()}, r"v has shape \(2, 3, 22, 8\)"),
+        ({"v": torch.ones(2, 3, 23, 8).long()}, "v is of torch.int64"),
         ({"q": torch.ones(3, 23, 8).double()}, r"q has shape \(3, 23, 8\)"),
         ({"cu_seqlens": torch.tensor([0, 23])}, "batch of 1"),
         ({"backend": "tritn"}, "triton"),

@@ -12,7 +12,7 @@ Legend: B batch, N length, C channels, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -214,10 +214,11 @@ class DecoderLM(nn.Module):
         only = {"kv_heads": kv_heads, "head_dim": head_dim, "qk_norm": qk_norm, "dropout": dropout}
         mixers = self._mixers(facts, only, max_len)
         every, self.feed_every = (_agreed(mixers, n) for n in ("insert_every", "feed_every"))
+        _agreed(mixers, "pos_jump")  # positions are drawn once for all layers
         self.inserted = None if every is None else Insertion(every, dim, made)
         if self.inserted is not None:
             # Parts that go by a length have to know that of all tokens, the inserted ones too.
-            longest = self.inserted.total(max_len)
+            longest = _inserting(mixers).reach(self.inserted.total(max_len))
             mixers = self._mixers(facts, only, longest)
             self.position = self._embedding_position(embedding, dim, longest, made)
         self.blocks = nn.ModuleList(
@@ -387,7 +388,7 @@ class DecoderLM(nn.Module):
             if mask is not None:
                 mask = self.inserted.mask(mask)
             positions = torch.arange(start, start + x.shape[1], device=x.device)
-            positions = self._inserting().place(positions, len(x), cache is None)
+            positions = _inserting(self.blocks).place(positions, len(x), cache is None)
         if self.position is not None:
             at = positions
             if at is None:
@@ -399,9 +400,23 @@ class DecoderLM(nn.Module):
             x = block(x, mask=mask, positions=positions, cache=layer)
         return self.norm(x if kept is None else x.index_select(1, kept))
 
-    def _inserting(self) -> Part:
-        """The first part for which tokens are inserted."""
-        return next(m for m in self.modules() if isinstance(m, Part) and m.insert_every is not None)
+    def _check_left_padding(self, lengths: Tensor) -> None:
+        """Refuse padding on the left where places are counted from the first token.
+
+        Raises:
+            ZooError: They are.
+        """
+        what = None
+        if self.inserted is not None:
+            what = f"the model inserts tokens after every {self.inserted.every}"
+        for part in self.modules():
+            if what is None and isinstance(part, Part) and part.counts:
+                what = f"{type(part).__name__} cuts blocks"
+        if what is not None:
+            raise ZooError(
+                f"lengths={lengths.tolist()!r} means padding on the left, but {what}, counted from "
+                "the first; give prompts of one length"
+            )
 
     @torch.no_grad()
     def generate(
@@ -433,7 +448,8 @@ class DecoderLM(nn.Module):
             (B, N + steps) int64, shorter when every sequence has ended.
 
         Raises:
-            ZooError: An argument is out of range, or the model gives no logits.
+            ZooError: An argument is out of range, the model gives no logits, or a prompt is padded
+                where places are counted from the first token.
         """
         if self.num_outputs is not None:
             raise ZooError(f"num_outputs={self.num_outputs!r}: the model gives no tokens to sample")
@@ -452,14 +468,9 @@ class DecoderLM(nn.Module):
         if lengths is not None:
             if lengths.shape != tokens.shape[:1] or lengths.min() < 1 or lengths.max() > length:
                 raise ZooError(f"lengths={lengths.tolist()!r} must be (batch,), from 1 to {length}")
-            if self.inserted is None:
+            if int(lengths.min()) < length:
+                self._check_left_padding(lengths)
                 visible = torch.arange(length, device=tokens.device) >= length - lengths[:, None]
-            elif int(lengths.min()) < length:
-                raise ZooError(
-                    f"lengths={lengths.tolist()!r} means padding on the left, but the model "
-                    f"inserts tokens after every {self.inserted.every}, counted from the first; "
-                    "give prompts of one length"
-                )
         was_training = self.training
         self.eval()
         try:
@@ -484,6 +495,12 @@ class DecoderLM(nn.Module):
             self.train(was_training)
 
 
+def _inserting(layers: Iterable[nn.Module]) -> Part:
+    """The first part for which tokens are inserted."""
+    modules = (m for layer in layers for m in layer.modules())
+    return next(m for m in modules if isinstance(m, Part) and m.insert_every is not None)
+
+
 def _agreed(mixers: list[nn.Module], name: str) -> int | None:
     """What the parts of all layers say that say anything.
 
@@ -491,7 +508,8 @@ def _agreed(mixers: list[nn.Module], name: str) -> int | None:
         ZooError: They disagree.
     """
     parts = [m for mixer in mixers for m in mixer.modules() if isinstance(m, Part)]
-    found = sorted({getattr(part, name) for part in parts} - {None})
+    said: set[Any] = {getattr(part, name, None) for part in parts}
+    found = sorted(said - {None})
     if len(found) > 1:
         raise ZooError(f"layers disagree on {name}: {' and '.join(map(str, found))}")
     return found[0] if found else None

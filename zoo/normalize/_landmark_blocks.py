@@ -262,8 +262,9 @@ class BlockAttention(torch.autograd.Function):
             inputs = zip((q, k, v), ctx.needs_input_grad[:3], strict=True)
             wanted = [x for x, needed in inputs if needed]
             wq, wk, wv = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
-            y = landmark_attention_reference(wq, wk, wv, ctx.block, ctx.scale).to(v.dtype)
-            each = iter(torch.autograd.grad(y, wanted, grads[0], create_graph=True))
+            with full_precision(q):
+                y = landmark_attention_reference(wq, wk, wv, ctx.block, ctx.scale).to(v.dtype)
+                each = iter(torch.autograd.grad(y, wanted, grads[0], create_graph=True))
             return tuple(next(each) if needed else None for needed in ctx.needs_input_grad)
         with full_precision(q):
             flat = _flatten(q), _flatten(k), _flatten(v)

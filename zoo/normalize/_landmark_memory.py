@@ -76,7 +76,7 @@ def recall(part: Landmark, host: Attention, call: Call) -> Tensor:
         if given is not None:
             raise ZooError(f"'landmark' with retrieve={part.retrieve} takes no {name} with a cache")
     usual = torch.arange(start, start + length, device=call.q.device)
-    if not torch.equal(call.q_pos, usual.expand(call.q_pos.shape)):
+    if not call.q_pos.is_meta and not torch.equal(call.q_pos, usual.expand(call.q_pos.shape)):
         raise ZooError(
             f"'landmark' with retrieve={part.retrieve} places tokens by itself; it takes no "
             "positions with a cache"
@@ -159,7 +159,7 @@ class Memory:
         if found is not None and found.index.shape[2] > 1:  # every query has keys of its own
             row = q.shape[0] * q.shape[1] * found.index.shape[3] * self.span * q.shape[3]
             kind = engine.STRIP_BYTES.get(q.device.type, engine.STRIP_BYTES["cuda"])
-            rows = max(1, 4 * kind // (row * q.element_size()))
+            rows = max(1, 4 * kind // max(1, row * q.element_size()))
         outs = [
             self._strip(part, k, v, i * rows + before, found, slice(i * rows, (i + 1) * rows))
             for i, part in enumerate(q.split(rows, 2))
@@ -202,7 +202,9 @@ class Memory:
         # not be told apart by the rounding of a product with strided keys.
         keys = marks.transpose(1, 2).contiguous()
         keys = self._rotate_keys(keys, slots * self.span + self.block)
-        shares = (grouped_matmul(q, keys.transpose(-1, -2)) * self.scale).float().softmax(-1)
+        scores = grouped_matmul(q, keys.transpose(-1, -2)) * self.scale
+        # In logarithms: small shares would all be zero, and the next best among them any of them.
+        shares = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
         if self.part.selection == "max_heads":
             shares = shares.amax(1, keepdim=True)
         elif self.part.selection == "max_tokens":
@@ -241,7 +243,7 @@ class Memory:
             flat = k.flatten(3, 4).transpose(1, 2).flatten(0, 1)
             turned = [self._rotate(flat, place + slot * self.span) for slot in (0, 1)]
             early, later = (
-                x.unflatten(0, (samples, -1)).transpose(1, 2).unflatten(3, (-1, self.span))
+                x.unflatten(0, (samples, k.shape[2])).transpose(1, 2).unflatten(3, (-1, self.span))
                 for x in turned
             )
             k = torch.where(late[..., None, None], later, early)

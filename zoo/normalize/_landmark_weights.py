@@ -37,9 +37,18 @@ def insert_landmarks(tokens: Tensor, block: int, landmark_id: int) -> tuple[Tens
         Tokens (.., N + N // L) and which of them are landmarks, (N + N // L,) boolean.
 
     Raises:
-        ZooError: `block` is below 1, or a token is the landmark already.
+        ZooError: `block` is below 1, the tokens or the landmark are no integers, or a token is the
+            landmark already.
     """
     check_block(block)
+    if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.ndim < 1:
+        raise ZooError(
+            f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype} must be (.., N) integers"
+        )
+    if type(landmark_id) is not int or not 0 <= landmark_id <= torch.iinfo(tokens.dtype).max:
+        raise ZooError(
+            f"landmark_id={landmark_id!r} must be a whole number that {tokens.dtype} holds"
+        )
     if bool((tokens == landmark_id).any()):
         raise ZooError(f"landmark_id={landmark_id!r} occurs among the tokens; it must be new")
     length = tokens.shape[-1]
@@ -98,9 +107,23 @@ def grouped_softmax(
         (B, H, R, M), rows summing to one where anything is visible, at least float32.
 
     Raises:
-        ZooError: `is_landmark` is not boolean or does not fit.
+        ZooError: Scores or masks of a wrong shape or type, or `dropout` outside [0, 1].
     """
-    rows, keys = scores.shape[-2:]
+    rows, keys = scores.shape[-2:] if scores.ndim == 4 else (1, 0)
+    if rows > keys:
+        raise ZooError(
+            f"scores of shape {tuple(scores.shape)} must be (B, H, R, M), of the last R of M tokens"
+        )
+    if not 0 <= dropout <= 1:
+        raise ZooError(f"dropout={dropout!r} must lie in [0, 1]")
+    fits = mask is None or all(
+        a in (1, b) for a, b in zip(mask.shape[::-1], scores.shape[::-1], strict=False)
+    )
+    if mask is not None and (mask.dtype != torch.bool or mask.ndim > 4 or not fits):
+        raise ZooError(
+            f"mask of shape {tuple(mask.shape)} and {mask.dtype} does not fit; allowed: boolean, "
+            f"broadcastable to {tuple(scores.shape)}"
+        )
     check_landmarks(is_landmark, scores.shape[0], keys)
     causal = torch.ones(rows, keys, dtype=torch.bool, device=scores.device).tril(keys - rows)
     mask = causal if mask is None else causal & mask
@@ -258,6 +281,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit; allowed: "
             "(B, H, N, D), (B, G, M, D) and (B, G, M, E), G dividing H and M at least N"
         )
+    if not all(x.is_floating_point() for x in (q, k, v)):
+        raise ZooError(f"q {q.dtype}, k {k.dtype} and v {v.dtype} must be floating-point tensors")
 
 
 def check_block(block: int) -> None:

@@ -125,7 +125,7 @@ def landmark_attention(
 
 
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, block: int, scale: float) -> Tensor:
-    if not q.numel():
+    if not q.numel() or q.is_meta:
         return landmark_attention_reference(q, k, v, block, scale)
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     return BlockAttention.apply(q, k, v, block, scale)[0]
@@ -265,11 +265,12 @@ class Landmark(Normalize):
         check_block(block)
         if not isinstance(group_dropout, int | float) or not 0 <= group_dropout < 1:
             raise ZooError(f"group_dropout={group_dropout!r} must lie in [0, 1)")
+        blocks = retrieve if type(retrieve) is int else 0
         for name, value, least in (
             ("pos_jump", pos_jump, 0),
             ("retrieve", retrieve, 0),
             ("chunk", chunk, 1),
-            ("cache_blocks", cache_blocks, max(1, retrieve or 0)),
+            ("cache_blocks", cache_blocks, max(1, blocks)),
         ):
             optional = name in ("retrieve", "cache_blocks")
             if value is None and optional:
@@ -365,6 +366,10 @@ class Landmark(Normalize):
         jumps = jumps * (positions % (self.block + 1) == self.block)
         return positions + jumps.cumsum(1) - jumps
 
+    def reach(self, length: int) -> int:
+        """Positions that jumps may reach in so many tokens."""
+        return length + length // (self.block + 1) * max(0, self.pos_jump - 1)
+
     def recall(self, host: Attention, call: Call) -> Tensor:
         """Outputs of the heads (B, H, N, E), from the new tokens and the best finished blocks.
 
@@ -383,4 +388,9 @@ class Landmark(Normalize):
 
     def extra_repr(self) -> str:
         """Options."""
-        return f"block={self.block}, retrieve={self.retrieve}"
+        return (
+            f"block={self.block}, group_dropout={self.group_dropout}, pos_jump={self.pos_jump}, "
+            f"retrieve={self.retrieve}, chunk={self.feed_every}, "
+            f"cache_blocks={self.cache_blocks}, selection={self.selection!r}, "
+            f"offload={self.offload}"
+        )

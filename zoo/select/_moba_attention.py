@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zoo.errors import ZooError, unknown
 from zoo.kernels import refuse
-from zoo.parts import check_cu_seqlens, repeat_heads
+from zoo.parts import check_cu_seqlens, full_precision, repeat_heads
 from zoo.select._moba_gate import gate, lay_blocks, visible
 from zoo.select._moba_gather import Gather
 
@@ -57,11 +57,12 @@ def moba_attention_reference(
         q_s, k_s, v_s = (x[:, :, a:b] for x in (q, k, v))
         wide = torch.promote_types(q.dtype, torch.float32)
         kbar = torch.stack([x.mean(2) for x in k_s.detach().to(wide).split(block, 2)], 2)
-        gates = q_s.detach().to(wide) @ kbar.mT
+        with full_precision(q):
+            gates = q_s.detach().to(wide) @ kbar.mT
         index = torch.arange(b - a, device=q.device)
         own, every = index[:, None] // block, torch.arange(kbar.shape[2], device=q.device)
         gates = gates.masked_fill(every > own, -torch.inf).masked_fill(every == own, torch.inf)
-        best = gates.topk(min(topk, kbar.shape[2]), dim=-1).indices
+        best = gates.sort(dim=-1, descending=True, stable=True)[1][..., :topk]
         selected = torch.zeros_like(gates, dtype=torch.bool).scatter(-1, best, True)
         allowed = selected[..., index // block] & (index <= index[:, None])
         scores = (q_s @ k_s.mT * scale).masked_fill(~allowed, -torch.inf)
@@ -83,6 +84,8 @@ def _check(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is not None and x.ndim != 4:
             raise ZooError(f"{name} has shape {tuple(x.shape)}; allowed: (B, heads, N, width)")
+        if x is not None and not x.is_floating_point():
+            raise ZooError(f"{name} is of {x.dtype}; allowed: floating-point tensors")
     if k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
         raise ZooError(
             f"k has shape {tuple(k.shape)}, q {tuple(q.shape)}; batch, length and width must agree"
@@ -162,8 +165,8 @@ def moba_attention(
         cu_seqlens: Bounds of packed sequences, (S + 1,) integers with B = 1, or None.
         scale: Factor on the scores; default ``1 / sqrt(D)``.
         backend: "auto" (Triton on CUDA, "torch" elsewhere; "reference" under torch.compile and
-            torch.func, unless Triton takes it), "reference" (all N x N scores), "torch" (gathered
-            queries) or "triton".
+            torch.func, unless Triton takes it, and on meta), "reference" (all N x N scores),
+            "torch" (gathered queries) or "triton".
 
     Returns:
         (B, H, N, E).
@@ -184,7 +187,7 @@ def moba_attention(
             return kernel(q, k, v, chosen, block, scale, cu_seqlens)
         if backend == "triton":
             raise ZooError(f"backend='triton' cannot take this: {reason}")
-    reason = opaque()
+    reason = opaque() or on_meta(q)
     if backend == "torch" and reason:
         raise ZooError(f"backend='torch' cannot take this: {reason}")
     if backend == "reference" or reason:
@@ -200,6 +203,11 @@ def opaque() -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "torch.func cannot look into its own backward"
     return None
+
+
+def on_meta(q: Tensor) -> str | None:
+    """Why the gathered form cannot take tensors without values, or None."""
+    return "tensors on meta have no choices to gather by" if q.is_meta else None
 
 
 def kernel(

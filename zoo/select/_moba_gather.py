@@ -203,8 +203,9 @@ class Gather(torch.autograd.Function):
             wanted = [
                 x for x, needed in zip((q, k, v), ctx.needs_input_grad[:3], strict=True) if needed
             ]
-            y = ctx.dense(q, k, v, chosen)
-            each = iter(torch.autograd.grad(y, wanted, grads[0], create_graph=True))
+            with full_precision(q):
+                y = ctx.dense(q, k, v, chosen)
+                each = iter(torch.autograd.grad(y, wanted, grads[0], create_graph=True))
             back = (next(each) if needed else None for needed in ctx.needs_input_grad[:3])
             return (*back, *nothing)
         grad = grads[0].to(out.dtype)

@@ -24,9 +24,10 @@ What is left open, or differs:
   empty cache and selects, later ones see everything. That is `decode_mode="full"`, the default.
   With "moba" decoding equals the parallel form; the means of finished blocks stay in the cache.
 - Among equal gate values the first block is taken; there are never more than topk.
-- Masks: the official code ignores padding. Here blocks are counted from the first token whatever
-  it is; hidden keys do not count in the means (with a mask of pairs, a block's gate value is the
-  mean of q_t . k_j over the keys visible to t), and a block without a visible key is not chosen.
+- Masks: the official code ignores padding. Here blocks are counted from the first token whatever it
+  is (so that models generate from prompts of one length only); hidden keys do not count in the
+  means (with a mask of pairs, a block's gate value is the mean of q_t . k_j over the keys visible
+  to t), and a block without a visible key is not chosen.
 - `key_conv` is FlashMoBA's (Xiao et al. 2025, "Optimizing Mixture of Block Attention"): a depthwise
   causal convolution over keys, k'_t = k_t + SiLU(sum_{l < key_conv} w_l * k_{t-l}), for gate and
   attention alike. Their repository holds no such code; here it comes before rotation, and w starts
@@ -55,6 +56,7 @@ from zoo.select._moba_attention import (
     kernel,
     moba_attention,
     moba_attention_reference,
+    on_meta,
     opaque,
 )
 from zoo.select._moba_gate import Blocks, block_means, gate, lay_blocks, visible
@@ -96,9 +98,7 @@ def _refuse(host: Attention, call: Call) -> str | None:
 
 
 def _refuse_gather(host: Attention, call: Call) -> str | None:
-    reason = _refuse(host, call) or opaque()
-    if reason is None and call.q.is_meta:
-        return "tensors on meta have no choices to gather by"
+    reason = _refuse(host, call) or opaque() or on_meta(call.q)
     if reason is None and host.route == "auto" and call.q.shape[2] < SHORT:
         return f"a mask is quicker than gathering below {SHORT} tokens"
     return reason
@@ -227,6 +227,11 @@ class MoBA(Select):
             bound = self.key_conv**-0.5
             nn.init.uniform_(self.key_weight, -bound, bound)
 
+    @property
+    def counts(self) -> bool:  # type: ignore[override]
+        """Whether blocks are counted from the first token."""
+        return self.mode != "full"
+
     def set_mode(self, mode: str) -> None:
         """Switch between "moba" and "full" attention.
 
@@ -259,7 +264,7 @@ class MoBA(Select):
             if cu_seqlens is not None:
                 earlier = earlier.masked_fill((index < lag)[:, None], 0.0)
             total = total + earlier
-        return k + F.silu(total)
+        return (k + F.silu(total)).to(k.dtype)  # autocast leaves the weights, and so the sum, wide
 
     def prepare(self, call: Call) -> Mapping[str, Any]:
         """Choose blocks for the whole pass, unless all of them are visible."""
@@ -278,7 +283,7 @@ class MoBA(Select):
     def _check_mask(self, call: Call) -> None:
         """Refuse masks whose hidden keys the convolution would carry to visible ones."""
         mask = call.mask
-        if self.key_weight is None or mask is None:
+        if self.key_conv < 2 or mask is None:
             return
         right = mask.shape[1] == mask.shape[2] == 1
         if right and not torch.compiler.is_compiling():  # else their values are not known
