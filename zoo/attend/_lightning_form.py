@@ -139,5 +139,6 @@ def run_kernel(
     from zoo.kernels.linear import linear_attention
 
     decay = None if log_decay is None else log_decay.float()
-    out, state = linear_attention(q, k, v, decay, initial_state, cu_seqlens)
+    before = None if initial_state is None else initial_state.float()
+    out, state = linear_attention(q, k, v, decay, before, cu_seqlens)
     return out, state
