@@ -13,6 +13,7 @@ from torch import Tensor
 
 import zoo
 from zoo.attention import Attention
+from zoo.cache import Cache
 from zoo.parts import Normalize, Position, Strip, mask_scores
 from zoo.registry import Traits
 
@@ -89,7 +90,18 @@ def test_refused_at_construction(arguments: dict[str, Any], message: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_len", 0), ("max_len", -1), ("depth", -1), ("scale", "big")]
+    ("name", "value"),
+    [
+        ("max_len", 0),
+        ("max_len", -1),
+        ("depth", -1),
+        ("scale", "big"),
+        ("scale", True),
+        ("scale", float("nan")),
+        ("causal", "no"),
+        ("bias", "no"),
+        ("qk_norm", "no"),
+    ],
 )
 def test_facts_are_checked_at_construction(name: str, value: Any) -> None:
     with pytest.raises(zoo.ZooError, match=name):
@@ -267,3 +279,10 @@ def test_positions_of_samples_are_cached() -> None:
         cache.select(torch.tensor([1]))
         host(torch.randn(1, 1, 8), positions=torch.tensor([[8]]), cache=cache)
     assert host.position.distance.tolist() == [[[[3, 2, 1, 0]]]]
+
+
+def test_the_cache_of_all_layers_is_refused() -> None:
+    host = zoo.create("mha", 16, 4, causal=True)
+    for ask in (host, host.explain):
+        with pytest.raises(zoo.ZooError, match="cache is of type Cache; allowed: the LayerCache"):
+            ask(torch.zeros(2, 7, 16), cache=Cache())

@@ -141,6 +141,20 @@ def test_nothing_to_attend_to(shape: tuple[int, int, int, int]) -> None:
     assert not q.grad.any()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(7, 11), (3, 1, 11), (11,)])
+def test_masks_of_fewer_axes_broadcast(kernel: None, shape: tuple[int, ...], causal: bool) -> None:
+    inputs = _inputs()
+    mask = torch.rand(shape) < 0.6
+    short = partial_attention(*inputs, causal=causal, mask=mask)
+    whole = partial_attention(*inputs, causal=causal, mask=mask.expand(2, 3, 7, 11))
+    for a, b in zip(short, whole, strict=True):
+        assert_close(a.nan_to_num(neginf=0.0), b.nan_to_num(neginf=0.0))
+    pairs = [torch.autograd.grad(out.sum(), inputs) for out in (short[0], whole[0])]
+    for a, b in zip(*pairs, strict=True):
+        assert_close(a, b, gradient=True)
+
+
 def test_bad_input() -> None:
     q, k, v = _inputs()
     with pytest.raises(zoo.ZooError, match="k of shape"):
@@ -151,6 +165,26 @@ def test_bad_input() -> None:
         merge([q], [q[..., 0], q[..., 0]])
     with pytest.raises(zoo.ZooError, match="needs an lse of shape"):
         merge([q], [q])
+    with pytest.raises(zoo.ZooError, match="others of its shape"):
+        merge([q, q[..., :1]], [q[..., 0], q[..., 0]])
+    with pytest.raises(zoo.ZooError, match="others of its shape"):
+        merge([q, q], [q[..., 0], q[:, :, :1, 0]])
+    with pytest.raises(zoo.ZooError, match="q of shape"):
+        partial_attention(q[0], k, v)
+    for mask in (torch.ones(7, 11), torch.ones(2, 1, 6, 11, dtype=torch.bool)):
+        with pytest.raises(zoo.ZooError, match="mask of shape"):
+            partial_attention(q, k, v, mask=mask)
     out, _ = partial_attention(q, k, v)
     with pytest.raises(zoo.ZooError, match="no second derivative"):
         torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+def test_a_compiler_takes_it_whole() -> None:
+    q, k, v = _inputs(dtype=torch.float32)
+    compiled = torch.compile(partial_attention, backend="aot_eager", fullgraph=True)
+    found, wanted = compiled(q, k, v), partial_attention(q, k, v)
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b)
+    pairs = (torch.autograd.grad(outs[0].square().sum(), (q, k, v)) for outs in (found, wanted))
+    for a, b in zip(*pairs, strict=True):
+        assert_close(a, b, gradient=True)

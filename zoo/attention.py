@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -117,8 +118,12 @@ class Attention(nn.Module):
             "dtype": dtype,
         }
         checks.check_facts(facts)
-        if scale is not None and not isinstance(scale, int | float):
+        if scale is not None and (
+            isinstance(scale, bool) or not isinstance(scale, int | float) or not isfinite(scale)
+        ):
             raise ZooError(f"scale={scale!r} must be a number, or None for 1 / sqrt(width)")
+        if not isinstance(qk_norm, bool):
+            raise ZooError(f"qk_norm={qk_norm!r} must be True or False")
         if head_dim is None:
             if dim % heads:
                 near = [h for h in range(1, dim + 1) if dim % h == 0]
@@ -293,8 +298,8 @@ class Attention(nn.Module):
             ZooError: An argument has the wrong shape or type, or a part cannot take it.
         """
         checks.check_input(self, x, context, mask, bias, need_weights)
-        if cache is not None and not self.traits.decode:
-            raise ZooError(f"{self.spec!r} cannot decode step by step; it takes no cache")
+        if cache is not None:
+            checks.check_cache(self, cache)
         if cu_seqlens is not None:
             checks.check_packed(self, cu_seqlens, x, context, cache)
         call = self._call(x, context, mask, bias, positions, context_positions, cache, cu_seqlens)
@@ -350,6 +355,8 @@ class Attention(nn.Module):
                 raise unknown("argument of explain", name, (*names, "cache"))
         mask, bias, positions, others, cu_seqlens = (inputs.get(name) for name in names)
         checks.check_input(self, x, context, mask, bias, False)
+        if cache is not None:
+            checks.check_cache(self, cache)
         if cu_seqlens is not None:
             checks.check_packed(self, cu_seqlens, x, context, cache)
         if self._recalls(cache):

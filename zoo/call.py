@@ -193,6 +193,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
     Raises:
         ZooError: Wrong type or shape, not from 0 to `length`, or decreasing.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise ZooError(
+            f"cu_seqlens is of type {type(cu_seqlens).__name__}; allowed: an int32 or int64 tensor"
+        )
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
         raise ZooError(
             f"cu_seqlens of dtype {cu_seqlens.dtype} and shape {tuple(cu_seqlens.shape)}; allowed: "

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zoo.cache import LayerCache
 from zoo.errors import ZooError
 from zoo.parts import check_cu_seqlens
 
 if TYPE_CHECKING:
     from zoo.attention import Attention
-    from zoo.cache import LayerCache
 
 
 def check_facts(facts: Mapping[str, Any]) -> None:
@@ -33,6 +33,9 @@ def check_facts(facts: Mapping[str, Any]) -> None:
             f"depth={facts['depth']!r} is the index of a layer; it must be below "
             f"layers={facts['layers']!r}"
         )
+    for name in ("causal", "bias"):
+        if not isinstance(facts[name], bool):
+            raise ZooError(f"{name}={facts[name]!r} must be True or False")
     if not isinstance(facts["dropout"], int | float) or not 0.0 <= facts["dropout"] < 1.0:
         raise ZooError(f"dropout={facts['dropout']!r} must lie in [0, 1)")
 
@@ -102,6 +105,17 @@ def check_input(
             )
         if not traits.bias:
             raise ZooError(f"{host.spec!r} forms no scores that a bias could be added to")
+
+
+def check_cache(host: Attention, cache: LayerCache) -> None:
+    """Refuse a cache that is not of one layer, or for parts that cannot decode."""
+    if not isinstance(cache, LayerCache):
+        raise ZooError(
+            f"cache is of type {type(cache).__name__}; allowed: the LayerCache of this layer, "
+            "such as cache[0] of a Cache"
+        )
+    if not host.traits.decode:
+        raise ZooError(f"{host.spec!r} cannot decode step by step; it takes no cache")
 
 
 def check_packed(

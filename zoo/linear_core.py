@@ -174,22 +174,20 @@ def _wants_plain(q: Tensor, log_decay: Tensor | None) -> bool:
     )
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    widening: int = 1,
-) -> list[int] | None:
-    """Refuse what does not fit; the bounds of packed sequences as numbers."""
+def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse queries, keys and values that do not fit each other.
+
+    Raises:
+        ZooError: Names the first that does not.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or not x.is_floating_point():
             raise ZooError(
                 f"{name} of shape {tuple(x.shape)} and type {x.dtype}; allowed: floating point "
                 "of shape (batch, heads, tokens, width)"
             )
+        if x.device != q.device:
+            raise ZooError(f"{name} is on {x.device}; allowed: {q.device}, where q is")
     (samples, heads, length, width), groups = q.shape, k.shape[1]
     if (k.shape[0], *k.shape[2:]) != (samples, length, width):
         raise ZooError(
@@ -203,6 +201,20 @@ def _check(
         )
     if groups < 1 or heads % groups:
         raise ZooError(f"k has {groups} heads, which must divide the {heads} heads of q")
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    widening: int = 1,
+) -> list[int] | None:
+    """Refuse what does not fit; the bounds of packed sequences as numbers."""
+    check_operands(q, k, v)
+    samples, heads, length, width = q.shape
     if log_decay is not None:
         if tuple(log_decay.shape) != (heads,):
             raise ZooError(
@@ -221,6 +233,8 @@ def _check(
             width * widening,
             v.shape[3],
         )
+        if state.device != q.device:
+            raise ZooError(f"initial_state is on {state.device}; allowed: {q.device}, where q is")
         if tuple(state.shape) != wanted or not state.is_floating_point():
             raise ZooError(
                 f"initial_state of shape {tuple(state.shape)} and type {state.dtype}; allowed: "

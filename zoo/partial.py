@@ -52,11 +52,13 @@ def merge(
     """
     if len(outs) < 1 or len(outs) != len(lses):
         raise ZooError(f"{len(outs)} outputs and {len(lses)} lses; as many of both, at least 1")
-    if outs[0].shape[:-1] != lses[0].shape:
-        raise ZooError(
-            f"an output of shape {tuple(outs[0].shape)} needs an lse of shape "
-            f"{tuple(outs[0].shape[:-1])}, got {tuple(lses[0].shape)}"
-        )
+    shape = outs[0].shape
+    for out, lse in zip(outs, lses, strict=True):
+        if out.shape != shape or lse.shape != shape[:-1]:
+            raise ZooError(
+                f"an output of shape {tuple(shape)} needs an lse of shape {tuple(shape[:-1])} and "
+                f"others of its shape, got {tuple(lse.shape)} and {tuple(out.shape)}"
+            )
     every = lses if isinstance(lses, Tensor) else torch.stack(tuple(lses))
     top = every.detach().amax(0)
     top = top.masked_fill(top == -torch.inf, 0.0)  # -inf - -inf would be NaN
@@ -100,6 +102,8 @@ def _fused() -> bool:
 
 def _takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the CPU's flash kernel takes these; it dies of empty tensors."""
+    if torch.compiler.is_compiling():
+        return False  # a compiler cannot see whether the kernel is what it should be
     if q.device.type != "cpu" or not (q.numel() and k.numel() and v.numel()):
         return False
     return q.shape[-1] == v.shape[-1] and q.dtype == k.dtype == v.dtype and _fused()
@@ -212,7 +216,7 @@ def partial_attention(
     Raises:
         ZooError: Shapes that do not belong together; in the backward pass, a second derivative.
     """
-    for name, x in (("k", k), ("v", v)):
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[:2] != q.shape[:2] or x.ndim != 4:
             raise ZooError(
                 f"{name} of shape {tuple(x.shape)} must have batch and heads of q, "
@@ -222,6 +226,15 @@ def partial_attention(
         raise ZooError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together"
         )
+    if mask is not None:
+        wanted = (*q.shape[:3], k.shape[2])
+        sizes = (*[1] * (4 - mask.ndim), *mask.shape)
+        fits = len(sizes) == 4 and all(a in (1, b) for a, b in zip(sizes, wanted, strict=True))
+        if mask.dtype != torch.bool or not fits:
+            raise ZooError(
+                f"mask of shape {tuple(mask.shape)} and type {mask.dtype}; allowed: torch.bool "
+                f"that broadcasts to {wanted}"
+            )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _Partial.apply(q, k, v, mask, scale, causal)
 
@@ -276,6 +289,8 @@ def _causal(q: Tensor, k: Tensor) -> Tensor:
 
 def _together(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Tensor:
     """Both masks as one that has all N x M pairs."""
+    if mask is not None:
+        mask = mask.view((1,) * (4 - mask.ndim) + mask.shape)
     shape = (*((1, 1) if mask is None else mask.shape[:2]), q.shape[2], k.shape[2])
     if not causal:
         assert mask is not None

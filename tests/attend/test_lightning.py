@@ -19,6 +19,7 @@ from zoo.attend.lightning import (
     lrpe,
     srms_norm,
 )
+from zoo.cache import LayerCache
 from zoo.linear_core import chunked_linear_attention
 
 CONTRACT_OPTIONS = [
@@ -298,6 +299,8 @@ def test_a_decay_outside_of_its_range_is_refused(decay):
         ({"norm": "batch"}, "norm"),
         ({"gate": "full"}, "gate"),
         ({"lrpe": 1}, "lrpe=1"),
+        ({"act": ["silu"]}, "act"),
+        ({"variant": ["tnl"]}, "variant"),
         ({"value_act": "no"}, "value_act='no'"),
         ({"scale": 0.3}, r"scale=0\.3"),
         ({"causal": False}, "causal"),
@@ -316,6 +319,17 @@ def test_options_that_make_no_sense_are_refused(options, named):
         ({"slope": [0.1, -0.1]}, "slope="),
         ({"slope": torch.tensor([0.1, torch.nan])}, "slope="),
         ({"slope": [0.1, 0.1, 0.1]}, "slope of shape"),
+        ({"slope": "alibi"}, "slope='alibi'"),
+        ({"slope": {}}, "slope="),
+        ({"slope": [[0.1], [0.1, 0.2]]}, "slope="),
+        ({"slope": True}, "slope has dtype torch.bool"),
+        ({"slope": torch.ones(2, dtype=torch.complex64)}, "complex64"),
+        ({"q": torch.zeros(7, 4)}, "q of shape"),
+        ({"q": torch.zeros(2, 7, 4), "slope": [0.1, 0.1]}, "q of shape"),
+        ({"k": torch.zeros(1, 2, 7, 4, device="meta")}, "k is on meta"),
+        ({"initial_state": torch.zeros(1, 2, 4, 4, device="meta")}, "initial_state is on meta"),
+        ({"cu_seqlens": [0, 7]}, "cu_seqlens is of type list"),
+        ({"mode": ["chunk"]}, "mode"),
         ({"mode": "chunks"}, "did you mean 'chunk'"),
         ({"backend": "cuda"}, "backend"),
         ({"mode": "recurrent", "backend": "triton"}, "mode='chunk' only"),
@@ -585,3 +599,29 @@ def test_a_layer_under_autocast(options):
         assert_close(
             value, expected[name], name, gradient=gradient, backend="autocast", dtype=torch.bfloat16
         )
+
+
+@pytest.mark.parametrize("norm", _norm_gate.NORMS)
+def test_a_gate_in_half_precision_is_squashed_in_full(norm):
+    y, gate = draw(3, 8).float(), draw(3, 8, seed=1).bfloat16()
+    found, wanted = (
+        form(y, gate, norm, sigmoid=True)
+        for form in (_norm_gate.norm_gate, _norm_gate.plain_norm_gate)
+    )
+    assert_close(found, wanted, norm)
+
+
+@pytest.mark.parametrize("pieces", [[0, 6], [2, 0, 4]])
+def test_empty_pieces_between_tokens_that_see_nothing(pieces):
+    """The bias of the norm stays out of hidden tokens, however the sequence is cut."""
+    attn = build("lightning(variant=tnl3)")
+    with torch.no_grad():
+        attn.attend.norm.bias.fill_(1.0)
+    x, mask = draw(2, 6, 12), torch.tensor([False] * 4 + [True] * 2).expand(2, 1, 1, 6)
+    cache, at, outs = LayerCache(), 0, []
+    with torch.no_grad():
+        for size in pieces:
+            seen = mask[..., : at + size] if size else None
+            outs.append(attn(x[:, at : at + size], mask=seen, cache=cache))
+            at += size
+        assert_close(torch.cat(outs, 1), attn(x, mask=mask), "outputs")

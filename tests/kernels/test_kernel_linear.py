@@ -457,3 +457,15 @@ def test_refused_without_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ZooError, match="interpreter"):
         linear_attention(Q, Q, Q)
+
+
+def test_lightning_takes_a_state_in_float64():
+    from zoo.attend.lightning import lightning_attention
+
+    q, k, v = (torch.randn(1, 2, 9, 16, device=DEVICE) for _ in range(3))
+    state = torch.randn(1, 2, 16, 16, device=DEVICE, dtype=torch.float64)
+    found, wanted = (
+        lightning_attention(q, k, v, 0.3, initial_state=state, backend=name)
+        for name in ("triton", "reference")
+    )
+    assert_close(found, wanted, "output", backend="triton")

@@ -139,7 +139,13 @@ def test_it_is_made_by_name_and_generates():
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"mlp": 0}, "mlp=0"), ({"num_outputs": 0}, "num_outputs=0"), ({"depth": 0}, "depth=0")],
+    [
+        ({"mlp": 0}, "mlp=0"),
+        ({"mlp": "2"}, "mlp='2'"),
+        ({"mlp": float("nan")}, "mlp=nan"),
+        ({"num_outputs": 0}, "num_outputs=0"),
+        ({"depth": 0}, "depth=0"),
+    ],
     ids=str,
 )
 def test_what_it_cannot_be_is_refused(options, named):

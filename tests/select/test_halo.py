@@ -129,6 +129,24 @@ def test_gradients_of_some_inputs_only(wanted):
             assert x.grad is None
 
 
+@pytest.mark.parametrize(("results", "wanted"), [((1,), (0, 1, 2)), ((0, 1), (2,))])
+def test_second_derivatives_where_the_sums_do_not_know_the_values(results, wanted):
+    def penalty(form):
+        inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(tensors((6, 7)))]
+        outs = form(inputs)
+        total = sum(outs[r].square().sum() for r in results)
+        leaves = [inputs[i] for i in wanted]
+        options = {"allow_unused": True, "materialize_grads": True}
+        first = torch.autograd.grad(total, leaves, create_graph=True, **options)
+        total = total + sum(x.square().sum() for x in first)
+        return torch.autograd.grad(total, leaves, **options)
+
+    found = penalty(lambda x: halo_attention(*x, (6, 7), (ODD, ODD), scale=0.4))
+    expected = penalty(lambda x: dense(*x, (6, 7), (ODD, ODD), 0.4))
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, "gradient of the penalty", gradient=True)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("shape", "sizes"), [((7,), (3,)), ((3, 5), (2, 3))])
 def test_derivatives_against_finite_differences(shape, sizes, masked):

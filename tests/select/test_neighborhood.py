@@ -423,6 +423,8 @@ def test_torch_func_takes_another_form():
             r"additional_values",
         ),
         ({"backend": "cuda"}, r"backend 'cuda'"),
+        ({"shape": 4.5}, r"shape=4.5"),
+        ({"k": draw(2, 2, 20, 5).half()}, r"k has dtype torch.float16"),
     ],
 )
 def test_bad_input(change, message):
@@ -441,6 +443,7 @@ def test_bad_input(change, message):
         ({"kernel": (3, 3), "grid": (6,)}, r"kernel=\(3, 3\)"),
         ({"ndim": 4}, r"ndim=4"),
         ({"grid": (0, 3)}, r"grid=\(0, 3\)"),
+        ({"grid": 9}, r"grid=9"),
         ({"stride": 8}, r"stride=8"),
         ({"prefix": -1}, r"prefix=-1"),
         ({"ndim": 2, "causal": True}, r"causal_axes"),
@@ -552,3 +555,15 @@ def test_the_kernels_route_in_the_host():
     front.route = "neighborhood_triton"
     with pytest.raises(zoo.ZooError, match="additional keys"):
         front(draw(1, 36, 32, dtype=torch.float32).to(device))
+
+
+def test_shapes_alone_pass_through():
+    q = torch.empty(2, 2, 20, 5, device="meta")
+    assert neighborhood_attention(q, q, q, (4, 5), 3).shape == q.shape
+    attn = zoo.create("neighborhood(kernel=3)", 12, 3, device="meta")
+    assert attn(torch.empty(2, 40, 12, device="meta")).shape == (2, 40, 12)
+
+
+def test_tiles_of_an_empty_sequence_with_a_dilation():
+    attn = zoo.create("neighborhood(kernel=3, dilation=2)", 12, 3, route="neighborhood_tiles")
+    assert attn(draw(2, 0, 12).float()).shape == (2, 0, 12)

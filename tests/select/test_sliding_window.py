@@ -192,10 +192,37 @@ def test_reach_grows_with_the_depth():
     assert reached.tolist() == [False] * 5 + [True] * 7
 
 
-@pytest.mark.parametrize("window", [0, -3, 2.5, "wide"])
+@pytest.mark.parametrize("window", [0, -3, 2.5, "wide", True])
 def test_bad_window(window):
     with pytest.raises(zoo.ZooError, match="window="):
         build(True, window)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 0}, "window=0"),
+        ({"window": 2.5}, "window=2.5"),
+        ({"block": 0}, "block=0"),
+        ({"k": draw(2, 2, 8, 3)}, r"k of shape \(2, 2, 8, 3\)"),
+        (
+            {"mask": torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()},
+            r"mask of shape \(2, 1, 9, 9\)",
+        ),
+        ({"mask": torch.ones(2, 9, dtype=torch.bool)}, r"mask of shape \(2, 9\)"),
+        ({"mask": torch.ones(2, 1, 1, 9)}, "float32"),
+    ],
+    ids=str,
+)
+def test_the_function_refuses_what_it_cannot_compute(change, message):
+    q, k, v = (draw(2, 2, 9, 3, seed=i) for i in range(3))
+    with pytest.raises(zoo.ZooError, match=message):
+        sliding_window_attention(**{"q": q, "k": k, "v": v, "window": 3, "causal": True, **change})
+
+
+def test_shapes_alone_pass_through():
+    attn = zoo.create("sliding_window(window=3)", 12, 3, device="meta")
+    assert attn(torch.empty(2, 40, 12, device="meta")).shape == (2, 40, 12)
 
 
 def test_context_is_refused():

@@ -12,6 +12,7 @@ from zoo.errors import ZooError, unknown
 from zoo.kernels import refuse
 from zoo.linear_core import (
     CHUNK,
+    check_operands,
     chunked_linear_attention,
     parallel_linear_attention,
     recurrent_linear_attention,
@@ -62,7 +63,7 @@ def lightning_attention(
         ZooError: An unknown mode or backend, shapes that do not fit, a slope below 0, a state in
             half precision, or a kernel that was asked for and cannot run.
     """
-    if mode not in FORMS:
+    if mode not in tuple(FORMS):
         raise unknown("mode", mode, FORMS)
     if type(chunk) is not int or chunk < 1:
         raise ZooError(f"chunk={chunk!r} must be a whole number of at least 1")
@@ -74,6 +75,7 @@ def lightning_attention(
         raise ZooError(
             f"initial_state has dtype {initial_state.dtype}; allowed: torch.float32, torch.float64"
         )
+    check_operands(q, k, v)
     decay = None if slope is None else -_slopes(slope, q)
     if mode == "chunk" and backend in ("auto", "triton"):
         by_name = backend == "triton"
@@ -95,7 +97,13 @@ def lightning_attention(
 def _slopes(slope: Tensor | Sequence[float] | float, q: Tensor) -> Tensor:
     """Slopes as (H,) constants, checked."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    found = torch.as_tensor(slope, device=q.device).detach().to(wide)
+    try:
+        found = torch.as_tensor(slope, device=q.device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ZooError(f"slope={slope!r} must be a number, or one for each head") from error
+    if found.is_complex() or found.dtype == torch.bool:
+        raise ZooError(f"slope has dtype {found.dtype}; allowed: real numbers of at least 0")
+    found = found.to(wide)
     heads = q.shape[1]
     shape = tuple(found.shape)
     if shape not in ((), (1,), (heads,), (heads, 1, 1), (1, heads, 1, 1)):
@@ -131,5 +139,6 @@ def run_kernel(
     from zoo.kernels.linear import linear_attention
 
     decay = None if log_decay is None else log_decay.float()
-    out, state = linear_attention(q, k, v, decay, initial_state, cu_seqlens)
+    before = None if initial_state is None else initial_state.float()
+    out, state = linear_attention(q, k, v, decay, before, cu_seqlens)
     return out, state

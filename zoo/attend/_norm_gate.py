@@ -120,7 +120,7 @@ class _NormGate(torch.autograd.Function):
                 if gates is None:
                     flat[at] = x
                     continue
-                g = gates[at].sigmoid() if sigmoid else gates[at]
+                g = gates[at].to(wide).sigmoid() if sigmoid else gates[at]
                 if x.dtype == g.dtype == flat.dtype:
                     torch.mul(x, g, out=flat[at])
                 else:

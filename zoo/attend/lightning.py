@@ -153,13 +153,13 @@ class Lightning(Attend):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if variant not in VARIANTS:
+        if variant not in tuple(VARIANTS):
             raise unknown("variant", variant, VARIANTS)
         preset = VARIANTS[variant]
         norm = preset["norm"] if norm is None else norm
         gate = preset["gate"] if gate is None else gate
         for name, given, allowed in (
-            ("act", act, ACTIVATIONS),
+            ("act", act, tuple(ACTIVATIONS)),
             ("norm", norm, NORMS),
             ("gate", gate, GATES),
         ):
@@ -289,7 +289,7 @@ class Lightning(Attend):
                 starts = call.cu_seqlens.long()[call.documents]
                 count = count - F.pad(count, (1, 0))[:, starts]
             seen = count > 0 if before is None else (count > 0) | before
-        if call.cache is not None:
+        if call.cache is not None and call.q.shape[2]:
             last = call.q.new_ones(len(call.q), 1, dtype=torch.bool)
             call.cache.set_state("lightning_seen", last if seen is None else seen[:, -1:])
         return seen

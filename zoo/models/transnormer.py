@@ -15,6 +15,7 @@ Legend: B batch, N length, C channels, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -161,7 +162,7 @@ class TransNormer(DecoderLM):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if mlp <= 0:
+        if isinstance(mlp, bool) or not isinstance(mlp, int | float) or not 0 < mlp < math.inf:
             raise ZooError(f"mlp={mlp!r} must be a positive ratio")
         super().__init__(
             vocab_size,

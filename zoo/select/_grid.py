@@ -166,7 +166,7 @@ def window_tiles(
             q, k, v, shape, grid.windows, scale=scale, dropout=dropout, sizes=sizes
         )
 
-    if all(step == 1 for step in grid.dilation):
+    if all(step == 1 for step in grid.dilation) or not grid.length:
         return windows(q, k, v, grid.shape)
     outs, lses, order = [], [], []
     for shape, tokens in _residues(grid):

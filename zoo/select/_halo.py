@@ -360,11 +360,16 @@ class _Halo(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         with full_precision(q):
             outs = _plain(q, k, v, hidden, ctx.plan, ctx.scale)
-        chosen = [(y, g) for y, g in zip(outs, grads, strict=True) if g is not None]
+        pairs = zip(outs, grads, strict=True)
+        chosen = [(y, g) for y, g in pairs if g is not None and y.requires_grad]
         wanted = [x for x, want in zip((q, k, v), needed, strict=True) if want]
         found = iter(
             torch.autograd.grad(
-                [y for y, _ in chosen], wanted, [g for _, g in chosen], create_graph=True
+                [y for y, _ in chosen],
+                wanted,
+                [g for _, g in chosen],
+                create_graph=True,
+                materialize_grads=True,
             )
         )
         return [next(found) if want else None for want in needed]

@@ -81,7 +81,7 @@ def make_grid(
     Raises:
         ZooError: As there.
     """
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
     if not 1 <= len(sizes) <= 3 or any(type(n) is not int or n < 1 for n in sizes):
         raise ZooError(f"shape={shape!r} must be 1 to 3 whole numbers of at least 1")
     ndim = len(sizes)
@@ -254,6 +254,8 @@ def refuse_tiles(given: Inputs) -> str | None:
     """Why the tiles cannot take this, or None."""
     if given.rpb is not None:
         return "it takes no relative position bias (rpb)"
+    if given.q.is_meta:
+        return "it looks at numbers, and meta tensors have none"
     if torch.compiler.is_compiling():
         return "its own backward is not for compilers"
     if torch._C._are_functorch_transforms_active():
@@ -336,6 +338,8 @@ def neighborhood_attention(
                 f"{name} of shape {tuple(x.shape)} must be (batch, heads, {grid.length}, width) "
                 f"for the grid {grid.shape}"
             )
+        if not x.is_floating_point() or x.dtype != q.dtype:
+            raise ZooError(f"{name} has dtype {x.dtype}; allowed: one floating type for q, k and v")
     heads, groups = q.shape[1], k.shape[1]
     if k.shape[3] != q.shape[3] or v.shape[1] != groups or groups < 1 or heads % groups:
         raise ZooError(

@@ -211,6 +211,8 @@ class Neighborhood(Select):
     ) -> None:
         super().__init__()
         self.causal, self.prefix = causal, prefix
+        if grid is not None and not isinstance(grid, Sequence):
+            raise ZooError(f"grid={grid!r} must be a list of whole numbers, one for each axis")
         self.grid = None if grid is None else tuple(grid)
         self.ndim = _axes(ndim, self.grid, kernel)
         if self.grid is not None and any(type(n) is not int or n < 1 for n in self.grid):

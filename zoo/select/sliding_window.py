@@ -34,6 +34,16 @@ if TYPE_CHECKING:
     from zoo.attention import Attention
 
 
+def check_window(window: int) -> None:
+    """Refuse what is no number of tokens.
+
+    Raises:
+        ZooError: `window` < 1, or no whole number.
+    """
+    if type(window) is not int or window < 1:
+        raise ZooError(f"window={window!r} must be a whole number of at least 1")
+
+
 def reach(window: int, causal: bool) -> tuple[int, int]:
     """Farthest key that a query sees, in tokens back and in tokens ahead."""
     return (window - 1, 0) if causal else (window // 2, window // 2)
@@ -86,7 +96,26 @@ def sliding_window_attention(
         scale: Default 1 / sqrt(D).
         dropout: On the weights.
         block: Queries of a block; default by the window.
+
+    Raises:
+        ZooError: A window or block below 1, shapes that do not fit, or a mask that hides more than
+            keys.
     """
+    check_window(window)
+    if block is not None and (type(block) is not int or block < 1):
+        raise ZooError(f"block={block!r} must be a whole number of at least 1, or None")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or (x.shape[0], x.shape[2]) != (q.shape[0], q.shape[2]):
+            raise ZooError(
+                f"{name} of shape {tuple(x.shape)} does not fit q of shape {tuple(q.shape)}; "
+                "allowed: (batch, heads, tokens, width)"
+            )
+    allowed = ((1, 1, 1, q.shape[2]), (q.shape[0], 1, 1, q.shape[2]))
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) not in allowed):
+        raise ZooError(
+            f"mask of shape {tuple(mask.shape)} and type {mask.dtype}; allowed: torch.bool of "
+            f"shape {allowed[1]}, hidden keys"
+        )
     return halo_attention(
         q,
         k,
@@ -122,6 +151,8 @@ def _refuse_blocks(host: Attention, call: Call) -> str | None:
     reason = _refuse_bias(host, call)
     if reason:
         return reason
+    if call.q.is_meta:
+        return "it looks at numbers, and meta tensors have none"
     if torch.compiler.is_compiling():
         return "its own backward is not for compilers, which take the strips whole"
     if torch._C._are_functorch_transforms_active():
@@ -225,8 +256,7 @@ class SlidingWindow(Select):
 
     def __init__(self, window: int = 128, causal: bool = False) -> None:
         super().__init__()
-        if not isinstance(window, int) or window < 1:
-            raise ZooError(f"window={window!r} must be a whole number of at least 1")
+        check_window(window)
         self.width = window
         self.causal = causal
         self.back, self.ahead = reach(window, causal)
