@@ -10,7 +10,8 @@ import torch
 
 import zoo
 from zoo import models
-from zoo.models.decoder_lm import DecoderLM, ShortConv, _sample
+from zoo.models._blocks import ShortConv
+from zoo.models.decoder_lm import DecoderLM, _sample
 
 
 def build(**options):

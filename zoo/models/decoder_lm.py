@@ -19,128 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.cache import Cache, LayerCache
+from zoo.cache import Cache
 from zoo.errors import ZooError
 from zoo.factory import create
 from zoo.models import model
+from zoo.models._blocks import Block
 from zoo.models._insertion import Insertion
 from zoo.parts import Part, Position, build, tie_layers
 from zoo.registry import info
 from zoo.spec import DEFAULTS, PartSpec, layout, parse, without
-
-
-class ShortConv(nn.Module):
-    """Causal depthwise convolution over the last few tokens, added to its input.
-
-    Args:
-        dim: Channels.
-        kernel: Taps, the token itself included; at least 2.
-        device: Where parameters are made.
-        dtype: Their type.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        kernel: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if kernel < 2:
-            raise ZooError(f"conv={kernel!r} must be 0 (none) or at least 2 taps")
-        self.kernel = kernel
-        self.conv = nn.Conv1d(dim, dim, kernel, groups=dim, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """(B, N, C) to (B, N, C); the cache holds the last ``kernel - 1`` inputs."""
-        taps = self.kernel - 1
-        past = cache.get_state("short_conv") if cache is not None else None
-        padded = F.pad(x, (0, 0, taps, 0)) if past is None else torch.cat([past, x], 1)
-        if cache is not None:
-            cache.set_state("short_conv", padded[:, -taps:])
-        return x + self.conv(padded.transpose(1, 2)).transpose(1, 2)
-
-
-class SwiGLU(nn.Module):
-    """Gated MLP: W_2 (silu(W_1 x) * W_3 x) (Shazeer 2020).
-
-    Args:
-        dim: Channels.
-        hidden: Width inside.
-        device: Where parameters are made.
-        dtype: Their type.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        hidden: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        made: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
-        self.up = nn.Linear(dim, 2 * hidden, **made)
-        self.down = nn.Linear(hidden, dim, **made)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
-        gate, value = self.up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * value)
-
-
-class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)).
-
-    Args:
-        dim: Channels.
-        attn: The mixer, an `Attention` host or a whole module.
-        hidden: Width of the MLP, 0 for none.
-        conv: Taps of the short convolution, 0 for none.
-        dropout: On both residual branches.
-        device: Where parameters are made.
-        dtype: Their type.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        attn: nn.Module,
-        hidden: int,
-        conv: int,
-        dropout: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = nn.RMSNorm(dim, eps=1e-6, **made)
-        self.conv = ShortConv(dim, conv, **made) if conv else None
-        self.attn = attn
-        self.norm2 = nn.RMSNorm(dim, eps=1e-6, **made) if hidden else None
-        self.mlp = SwiGLU(dim, hidden, **made) if hidden else None
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
-        y = self.norm1(x)
-        if self.conv is not None:
-            if mask is not None and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
-                # Padding must not reach real tokens through the taps either.
-                y = y * mask[:, 0, 0, -x.shape[1] :, None]
-            y = self.conv(y, cache)
-        x = x + self.dropout(self.attn(y, mask=mask, positions=positions, cache=cache))
-        if self.mlp is not None and self.norm2 is not None:
-            x = x + self.dropout(self.mlp(self.norm2(x)))
-        return x
 
 
 @model("decoder_lm")
