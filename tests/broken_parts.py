@@ -52,6 +52,14 @@ class Undocumented(SoundScore):
         super().__init__(layout, start)
 
 
+class CountsOn(Score):
+    """Weighs keys by their index, in whatever sequence they stand."""
+
+    def forward(self, strip: Strip) -> Tensor:
+        """Scores (B, H, R, M)."""
+        return _dot(strip) * (1 + strip.k_index)
+
+
 class HoldsAllPairs(Score):
     """Makes the scores of all pairs once, before the strips."""
 

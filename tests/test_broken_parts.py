@@ -132,6 +132,7 @@ BROKEN: list[tuple[type, str, str, dict[str, Any]]] = [
         {"taxonomy": replace(PLAIN, complexity="linear")},
     ),
     (modules.ModuloHeads, "grouped", "keys tiled to 4", {}),
+    (broken.CountsOn, "packed", "packed sequences", {}),
     (modules.SeesHiddenContext, "cross", "new hidden context", {}),
     (broken.IgnoresBias, "bias", "the bias has no influence", {}),
     (modules.FalseWeights, "weights", "against weights times values", {}),

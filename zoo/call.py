@@ -5,6 +5,7 @@ Legend: B batch, N query length, M key length, R rows of a strip, H heads, D hea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -215,6 +216,12 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     if x.shape[1] == 1:
         return x.expand(-1, heads, -1, -1)
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def share_groups(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat heads of k (B, G, M, D) and v (B, G', M, E) until there are as many of both."""
+    heads = math.lcm(k.shape[1], v.shape[1])
+    return repeat_heads(k, heads), repeat_heads(v, heads)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:

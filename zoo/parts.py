@@ -23,6 +23,7 @@ from zoo.call import (
     grouped_matmul,
     mask_scores,
     repeat_heads,
+    share_groups,
 )
 from zoo.errors import ZooError
 from zoo.registry import Traits
@@ -52,6 +53,7 @@ __all__ = (
     "grouped_matmul",
     "mask_scores",
     "repeat_heads",
+    "share_groups",
     "tie_layers",
 )
 

@@ -29,8 +29,9 @@ COMMANDS = {
     "leaderboard": "records output show",
     "sample": "run prompt tokens temperature top_k top_p seed runs",
     "show": "spec run recipe runs output length heads dim causal seed",
-    "bench": "specs lengths dim heads batch causal threads forward_only core baseline repeats"
-    " min_time device dtype give_up output",
+    "bench": "specs lengths dim heads batch causal causal_baseline threads forward_only core"
+    " baseline repeats min_time device dtype give_up output",
+    "kernels": "only lengths dtype seconds smoke output",
 }
 
 

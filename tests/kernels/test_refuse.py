@@ -73,7 +73,7 @@ def _as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for place in (
         *("kernels.refuse", "select.moba.refuse_kernel", "select._moba_attention.refuse"),
-        "attend.lightning.refuse",
+        "attend._lightning_form.refuse",
     ):
         monkeypatch.setattr(f"zoo.{place}", found)
 

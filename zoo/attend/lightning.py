@@ -54,7 +54,7 @@ from zoo.linear_core import (
     parallel_linear_attention,
     recurrent_linear_attention,
 )
-from zoo.parts import Attend, Call, Layout
+from zoo.parts import Attend, Call, Layout, share_groups
 from zoo.position.alibi import alibi_slopes as alibi_slopes
 from zoo.registry import Paper, Taxonomy, Traits, register
 from zoo.routes import Route
@@ -262,7 +262,7 @@ class Lightning(Attend):
 
     def _operands(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as they enter the features; where v is zero, k adds nothing."""
-        k, v = call.k, call.v
+        k, v = share_groups(call.k, call.v)
         if self.value_act:
             v = ACTIVATIONS[self.act](v)
         if call.mask is not None:

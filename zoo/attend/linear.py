@@ -34,7 +34,7 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.kernels import refuse
 from zoo.linear_core import chunked_linear_attention, parallel_linear_attention
-from zoo.parts import Attend, Call, full_precision, grouped_matmul
+from zoo.parts import Attend, Call, full_precision, grouped_matmul, share_groups
 from zoo.registry import Paper, Taxonomy, Traits, register
 from zoo.routes import Route
 
@@ -105,7 +105,7 @@ class Linear(Attend):
     def mix(self, call: Call, causal: Form, whole: Form) -> Tensor:
         """The same by the given forms: `causal`, or `whole` for sums over all keys."""
         a, b = self._features(call)
-        v = call.v.to(a.dtype)
+        b, v = share_groups(b, call.v.to(a.dtype))
         if call.dropout:
             v = v * F.dropout(v.new_ones(*v.shape[:3], 1), call.dropout)
         w = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
