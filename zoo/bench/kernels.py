@@ -63,7 +63,7 @@ class Plan:
             raise ZooError(f"lengths={self.lengths!r} must be whole numbers of at least 1")
         if not self.smoke and not torch.cuda.is_available():
             raise ZooError(
-                "kernels are measured on a CUDA device, and torch finds none; smoke=True runs "
+                "kernels are measured on a CUDA device, and torch finds none; --smoke (smoke=True) runs "
                 "the benchmark at tiny sizes in Triton's interpreter"
             )
         known = [case.name for case in cases(self.smoke)]
