@@ -63,8 +63,8 @@ class Plan:
             raise ZooError(f"lengths={self.lengths!r} must be whole numbers of at least 1")
         if not self.smoke and not torch.cuda.is_available():
             raise ZooError(
-                "kernels are measured on a CUDA device, and torch finds none; --smoke (smoke=True) runs "
-                "the benchmark at tiny sizes in Triton's interpreter"
+                "kernels are measured on a CUDA device, and torch finds none; --smoke (smoke=True) "
+                "runs the benchmark at tiny sizes in Triton's interpreter"
             )
         known = [case.name for case in cases(self.smoke)]
         for name in self.only:
