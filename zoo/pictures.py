@@ -57,7 +57,7 @@ def panels(
     figure = Figure(
         figsize=(
             max(4.0, size * width + 1.2),
-            max(2.0, sum(size * r for r in tall) + 0.35 * len(rows) + 0.6),
+            max(2.0, sum(size * r for r in tall) + 0.08 * len(rows) + 0.6),
         ),
         layout="constrained",
     )
@@ -201,6 +201,8 @@ def gate_figure(model: nn.Module, images: Tensor, *, title: str) -> Figure:
         [stretch(image), *(gain[i] for gain in found.values())] for i, image in enumerate(images)
     ]
     columns = ["input", *(_short(name) for name in found)]
+    if all(bool(gain.isnan().all()) for gain in found.values()):
+        title += " (every branch is zero: the last BatchNorm of a block starts at zero)"
     return panels(rows, title=title, columns=columns, label="gain: |y| / |x|  (grey: x = 0)")
 
 
