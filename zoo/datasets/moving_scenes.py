@@ -52,6 +52,7 @@ class MovingScenes(SceneData):
         colours: Names of colours: red, green, blue, yellow, magenta, cyan, orange, white.
         sizes: Sizes to draw from, the side of the box around a shape over the shorter side of the
             image.
+        distinct_colours: Let no two objects of a scene have the same colour.
         background: "black", "grey" (a level for each video) or "texture" (grey waves); at rest.
         min_visible: Fewest pixels that are seen of an object in the frame where it appears.
         max_overlap: Largest share of an object's pixels that others hide in that frame.

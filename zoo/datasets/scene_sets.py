@@ -41,6 +41,7 @@ class SceneSets(SceneData):
         colours: Names of colours: red, green, blue, yellow, magenta, cyan, orange, white.
         sizes: Sizes to draw from, the side of the box around a shape over the shorter side of the
             image; a class each.
+        distinct_colours: Let no two objects of a scene have the same colour.
         background: "black", "grey" (a level for each scene) or "texture" (grey waves).
         min_visible: Fewest pixels that are seen of an object.
         max_overlap: Largest share of an object's pixels that others hide; 0 keeps objects apart.

@@ -61,6 +61,7 @@ class SceneData(GeneratedData):
         colours: Names of colours: red, green, blue, yellow, magenta, cyan, orange, white.
         sizes: Sizes to draw from, the side of the box around a shape over the shorter side of the
             image.
+        distinct_colours: Let no two objects of a scene have the same colour.
         background: "black", "grey" (a level for each scene) or "texture" (grey waves).
         min_visible: Fewest pixels that are seen of an object.
         max_overlap: Largest share of an object's pixels that others hide; 0 keeps objects apart.
@@ -80,6 +81,7 @@ class SceneData(GeneratedData):
     max_objects: int = 4
     shapes: Sequence[str] = ("square", "circle", "triangle")
     colours: Sequence[str] = ("red", "green", "blue", "yellow", "magenta", "cyan")
+    distinct_colours: bool = False
     sizes: Sequence[float] = (0.25, 0.4)
     background: str = "black"
     min_visible: int = 8
@@ -97,6 +99,7 @@ class SceneData(GeneratedData):
         checks.whole("min_visible", self.min_visible, 1)
         checks.number("max_overlap", self.max_overlap, 0, 1)
         checks.flag("smooth", self.smooth)
+        checks.flag("distinct_colours", self.distinct_colours)
         if self.background not in sprites.BACKGROUNDS:
             raise unknown("background", self.background, sprites.BACKGROUNDS)
         sizes = checks.several("sizes", self.sizes)
@@ -117,7 +120,13 @@ class SceneData(GeneratedData):
             min_visible=self.min_visible,
             max_overlap=float(self.max_overlap),
             smooth=self.smooth,
+            distinct=self.distinct_colours,
         )
+        if self.distinct_colours and self.max_objects > len(self._look.colours):
+            raise ZooError(
+                f"max_objects={self.max_objects} objects cannot have distinct_colours: there are "
+                f"{len(self._look.colours)} colours"
+            )
         # A smallest shape has about a third of its box (the triangle and the cross have more).
         side = min(sizes) * min(self.height, self.width)
         if side * side < self.min_visible:
@@ -192,6 +201,7 @@ class Scenes(SceneData):
         colours: Names of colours: red, green, blue, yellow, magenta, cyan, orange, white.
         sizes: Sizes to draw from, the side of the box around a shape over the shorter side of the
             image.
+        distinct_colours: Let no two objects of a scene have the same colour.
         background: "black", "grey" (a level for each scene) or "texture" (grey waves).
         min_visible: Fewest pixels that are seen of an object.
         max_overlap: Largest share of an object's pixels that others hide; 0 keeps objects apart.

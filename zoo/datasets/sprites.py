@@ -57,6 +57,7 @@ class Look:
         min_visible: Fewest pixels of an object that are seen in the frame where it appears.
         max_overlap: Largest share of an object's pixels that is hidden there.
         smooth: Whether edges are smooth in the image; masks are of whole pixels all the same.
+        distinct: Whether no two objects of a scene have the same colour.
         speed: Largest distance that an object moves from frame to frame, over the shorter side.
         enter: Probability that an object appears after the first frame.
         leave: Probability that an object disappears before the last frame.
@@ -74,6 +75,7 @@ class Look:
     min_visible: int
     max_overlap: float
     smooth: bool
+    distinct: bool = False
     speed: float = 0.0
     enter: float = 0.0
     leave: float = 0.0
@@ -208,6 +210,7 @@ def place(rows: int, look: Look, generator: torch.Generator) -> tuple[Objects, T
     most = look.max_objects
     count = torch.randint(look.min_objects, most + 1, (rows,), generator=generator)
     stays = (torch.rand(rows, generator=generator) * count).long()
+    deck = torch.rand(rows, len(look.colours), generator=generator).argsort(1)
     visible = torch.zeros(rows, most, look.frames, look.height, look.width, dtype=torch.bool)
     area = torch.ones(rows, most)
     first = torch.zeros(rows, most, dtype=torch.int64)
@@ -221,6 +224,8 @@ def place(rows: int, look: Look, generator: torch.Generator) -> tuple[Objects, T
             return kept, visible, count
         slot = done[open_rows]
         drawn = draw_objects(stays[open_rows] == slot, look, generator)
+        if look.distinct:
+            drawn["colour"] = deck[open_rows, slot]
         shape = silhouettes(drawn, look)
         each = torch.arange(len(open_rows))
         whole = shape[each, drawn["first"]].sum((-1, -2))

@@ -61,6 +61,8 @@ def slot_labels(predicted: Tensor, masks: Tensor) -> Tensor:
             f"{tuple(masks.shape)}; allowed: {form} with the same B, T, H and W"
         )
     if not soft:
+        if predicted.numel() and int(predicted.min()) < 0:
+            raise ZooError(f"predicted holds the label {int(predicted.min())}; allowed: from 0")
         return predicted.long()
     return (predicted.byte() if predicted.dtype == torch.bool else predicted).argmax(-3)
 
