@@ -1,4 +1,4 @@
-"""Pictures of objects on disk: where images, masks, videos and properties lie, and how to read them.
+"""Pictures of objects on disk: where images, masks, videos and properties lie, and their reading.
 
 Two layouts are known.
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Entry:
     Args:
         frames: Its images, one unless it is a video.
         masks: For each image its picture of labels, or its pictures of objects; empty for none.
+        per_object: Whether they are pictures of objects.
         objects: CLEVR's description of its objects, None if there is none.
     """
 
@@ -75,7 +76,8 @@ def find(root: Path, layout: str) -> tuple[str, list[Entry]]:
     masked = (root / "masks").is_dir()
     entries = []
     for image in pictures(folder, "**/*"):
-        masks, per_object = (), False
+        masks: tuple[Path, ...] = ()
+        per_object = False
         if masked:
             masks, per_object = _masks(root / "masks" / image.relative_to(folder))
         objects = described.get(image.name) if described is not None else None
@@ -141,7 +143,7 @@ def read_image(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int
         picture = image.convert("RGB")
     had = picture.height, picture.width
     if had != size:
-        picture = picture.resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=None)
+        picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
     return np.asarray(picture), had
 
 
@@ -209,14 +211,19 @@ def read_masks(
         )
     if len(values) and values.max() > most:
         frames = [np.searchsorted(values, frame) + (frame != 0) for frame in frames]
-    down, across = (
-        np.minimum(((np.arange(new) + 0.5) * old / new).astype(int), old - 1)
-        for new, old in zip(size, sizes[0], strict=True)
+    return np.stack([nearest(frame, size) for frame in frames]).astype(np.uint8)
+
+
+def nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Scale labels (H, W) to another height and width by taking the nearest pixel."""
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(int)
+        for new, old in zip(size, labels.shape, strict=True)
     )
-    return np.stack([frame[down[:, None], across] for frame in frames]).astype(np.uint8)
+    return labels[rows[:, None], columns]
 
 
-def vocabulary(entries: Iterator[Entry] | Sequence[Entry], key: str) -> dict[Any, float]:
+def vocabulary(entries: Sequence[Entry], key: str) -> dict[Any, float]:
     """Number the values that a property takes; numbers stay what they are."""
     values = {item[key] for entry in entries for item in entry.objects or () if key in item}
     if all(isinstance(value, int | float) for value in values):

@@ -19,7 +19,6 @@ held in memory as bytes, 16 kB for an image of 64x64 pixels.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,13 +164,13 @@ class ObjectFolders(DataModule):
                 example has more objects than allowed.
         """
         layout, entries = self._entries()
-        pixels, labels, used = self._read(entries, layout)
+        pixels, labels, sizes, used = self._read(entries, layout)
         if len(used) < 3:
             raise ZooError(
                 f"root={self.root!r} holds {len(used)} readable examples and {len(self.skipped)} "
                 f"others; training, validation and test need one each; {EMBEDDED}"
             )
-        properties = self._properties(used) if layout == "images" else {}
+        properties = self._properties(used, sizes) if layout == "images" else {}
         columns = (pixels, *(() if labels is None else (labels,)), *properties.values())
         self._digest = content_hash(str(list(properties)), *columns)
         order = permutation(len(used), self.name)
@@ -218,10 +217,12 @@ class ObjectFolders(DataModule):
             self._found = layout, entries[: self.limit]
         return self._found
 
-    def _read(self, entries: list[Entry], layout: str) -> tuple[Tensor, Tensor | None, list[Entry]]:
+    def _read(
+        self, entries: list[Entry], layout: str
+    ) -> tuple[Tensor, Tensor | None, list[tuple[int, int]], list[Entry]]:
         size = self.height, self.width
         masked = any(entry.masks for entry in entries)
-        pixels, labels, used = [], [], []
+        pixels, labels, sizes, used = [], [], [], []
         for entry in entries:
             if layout == "videos":
                 if len(entry.frames) < self.frames:
@@ -245,6 +246,7 @@ class ObjectFolders(DataModule):
                 self.skipped[str(path)] = str(error) or type(error).__name__
                 continue
             pixels.append(np.stack([image for image, _ in images]))
+            sizes.append(images[0][1])
             used.append(entry)
         if self.skipped:
             some = "; ".join(f"{name} ({why})" for name, why in list(self.skipped.items())[:3])
@@ -254,16 +256,18 @@ class ObjectFolders(DataModule):
                 stacklevel=2,
             )
         if not used:
-            return torch.zeros(0), None, used
+            return torch.zeros(0), None, sizes, used
         return (
             torch.from_numpy(np.stack(pixels)),
             torch.from_numpy(np.stack(labels)) if masked else None,
+            sizes,
             used,
         )
 
-    def _properties(self, entries: list[Entry]) -> dict[str, Tensor]:
+    def _properties(self, entries: list[Entry], sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
         """Return what scenes.json says of the objects, by our names."""
-        if all(entry.objects is None for entry in entries):
+        described = [entry.objects for entry in entries]
+        if all(objects is None for objects in described):
             return {}
         for entry in entries:
             if entry.objects is None:
@@ -275,32 +279,32 @@ class ObjectFolders(DataModule):
                     f"scenes.json gives {entry.frames[0].name!r} {len(entry.objects)} objects; "
                     f"max_objects={self.max_objects} must be as many at least"
                 )
+        rows = [list(objects or ()) for objects in described]
 
-        def column(value: Callable[[dict[str, Any], Entry], Any], empty: Any) -> Tensor:
-            rows = []
-            for entry in entries:
-                row = [value(item, entry) for item in entry.objects or ()]
-                rows.append(row + [empty] * (self.max_objects - len(row)))
-            return torch.tensor(rows)
+        def column(values: list[list[Any]], empty: Any) -> Tensor:
+            return torch.tensor([row + [empty] * (self.max_objects - len(row)) for row in values])
 
-        found = {"present": column(lambda item, entry: True, False)}
+        found = {"present": column([[True] * len(row) for row in rows], False)}
         found["count"] = found["present"].sum(1)
         for ours, theirs in NAMED.items():
             numbers = object_files.vocabulary(entries, theirs)
             if numbers:
-                # Bound now: a closure over the loop's variables would see the last ones.
-                values = column(lambda i, e, n=numbers, t=theirs: n.get(i.get(t), 0.0), 0.0)
-                found[ours] = values if ours == "size" else values.long()
-        if any("pixel_coords" in item for entry in entries for item in entry.objects or ()):
-            found["position"] = column(_place, (0.0, 0.0))
+                values = [[numbers.get(item.get(theirs), 0.0) for item in row] for row in rows]
+                found[ours] = column(values, 0.0)
+                if ours != "size":
+                    found[ours] = found[ours].long()
+        if any("pixel_coords" in item for row in rows for item in row):
+            found["position"] = column(
+                [
+                    [[x / n for x, n in zip(_place(item), ends[::-1], strict=True)] for item in row]
+                    for row, ends in zip(rows, sizes, strict=True)
+                ],
+                [0.0, 0.0],
+            )
         return found
 
 
-def _place(item: dict[str, Any], entry: Entry) -> tuple[float, float]:
-    """Return where an object is in its image, from 0 to 1."""
-    from PIL import Image
-
-    with Image.open(entry.frames[0]) as image:
-        width, height = image.size
-    x, y = item.get("pixel_coords", (0.0, 0.0))[:2]
-    return x / width, y / height
+def _place(item: dict[str, Any]) -> tuple[float, float]:
+    """Return the pixel in which the middle of an object lies; CLEVR adds a depth."""
+    x, y, *_ = item.get("pixel_coords", (0.0, 0.0))
+    return float(x), float(y)
