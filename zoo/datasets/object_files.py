@@ -67,6 +67,9 @@ def find(root: Path, layout: str) -> tuple[str, list[Entry]]:
 
     Returns:
         The layout, and the examples in natural order.
+
+    Raises:
+        ZooError: A file of scenes that is none, or that leaves out an image.
     """
     videos = {path.parent for path in pictures(root, "*/rgba_*")}
     if layout == "videos" or (layout == "auto" and videos):
@@ -80,7 +83,12 @@ def find(root: Path, layout: str) -> tuple[str, list[Entry]]:
         per_object = False
         if masked:
             masks, per_object = _masks(root / "masks" / image.relative_to(folder))
-        objects = described.get(image.name) if described is not None else None
+        if described is not None and image.name not in described:
+            raise ZooError(
+                f"the scenes of {str(root)!r} do not describe {image.name!r}; allowed: all images "
+                "or no file of scenes"
+            )
+        objects = described[image.name] if described is not None else None
         entries.append(Entry((image,), (masks,) if masked else (), per_object, objects))
     return "images", entries
 

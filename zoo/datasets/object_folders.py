@@ -266,20 +266,15 @@ class ObjectFolders(DataModule):
 
     def _properties(self, entries: list[Entry], sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
         """Return what scenes.json says of the objects, by our names."""
-        described = [entry.objects for entry in entries]
-        if all(objects is None for objects in described):
+        if entries[0].objects is None:
             return {}
-        for entry in entries:
-            if entry.objects is None:
+        rows = [entry.objects or [] for entry in entries]
+        for entry, row in zip(entries, rows, strict=True):
+            if len(row) > self.max_objects:
                 raise ZooError(
-                    f"scenes.json of root={self.root!r} does not describe {entry.frames[0].name!r}"
-                )
-            if len(entry.objects) > self.max_objects:
-                raise ZooError(
-                    f"scenes.json gives {entry.frames[0].name!r} {len(entry.objects)} objects; "
+                    f"scenes.json gives {entry.frames[0].name!r} {len(row)} objects; "
                     f"max_objects={self.max_objects} must be as many at least"
                 )
-        rows = [list(objects or ()) for objects in described]
 
         def column(values: list[list[Any]], empty: Any) -> Tensor:
             return torch.tensor([row + [empty] * (self.max_objects - len(row)) for row in values])

@@ -119,9 +119,11 @@ def bind(overlap: Tensor) -> tuple[Tensor, Tensor]:
     from scipy.optimize import linear_sum_assignment
 
     slot = torch.full(overlap.shape[:2], -1)
-    for row, table in enumerate(overlap.detach().cpu().numpy()):
-        objects, slots = linear_sum_assignment(table, maximize=True)
-        slot[row, torch.from_numpy(objects)] = torch.from_numpy(slots)
+    for row, table in enumerate(overlap.detach().cpu()):
+        # Empty masks are left out, or their number would decide between pairings of one sum.
+        there = table.any(1).nonzero()[:, 0]
+        objects, slots = linear_sum_assignment(table[there].numpy(), maximize=True)
+        slot[row, there[objects]] = torch.from_numpy(slots)
     slot = slot.to(overlap.device)
     found = overlap.gather(2, slot.clamp(min=0)[..., None])[..., 0].masked_fill(slot < 0, 0)
     return slot.masked_fill(found == 0, -1), found
