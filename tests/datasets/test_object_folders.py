@@ -188,6 +188,7 @@ def test_what_cannot_be_read_is_named_skipped_and_counted(clevr):
     assert [name.rsplit("/", 1)[1] for name in data.skipped] == [
         "img_3.png", "img_5.png", "img_7.png",
     ]  # fmt: skip
+    assert "masks" in list(data.skipped)[1]
     assert sum(data.size(split) for split in ("train", "val", "test")) == 9
 
 

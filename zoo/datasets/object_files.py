@@ -18,14 +18,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -76,20 +80,17 @@ def find(root: Path, layout: str) -> tuple[str, list[Entry]]:
         return "videos", [_video(folder) for folder in sorted(videos, key=natural)]
     folder = root / "images"
     described = _descriptions(root)
-    masked = (root / "masks").is_dir()
+    masks_of = _masks(root / "masks") if (root / "masks").is_dir() else None
     entries = []
     for image in pictures(folder, "**/*"):
-        masks: tuple[Path, ...] = ()
-        per_object = False
-        if masked:
-            masks, per_object = _masks(root / "masks" / image.relative_to(folder))
+        found, per_object = masks_of(image.relative_to(folder)) if masks_of else ((), False)
         if described is not None and image.name not in described:
             raise ZooError(
                 f"the scenes of {str(root)!r} do not describe {image.name!r}; allowed: all images "
                 "or no file of scenes"
             )
         objects = described[image.name] if described is not None else None
-        entries.append(Entry((image,), (masks,) if masked else (), per_object, objects))
+        entries.append(Entry((image,), (found,) if masks_of else (), per_object, objects))
     return "images", entries
 
 
@@ -101,18 +102,27 @@ def _video(folder: Path) -> Entry:
     return Entry(tuple(frames), masks)
 
 
-def _masks(place: Path) -> tuple[tuple[Path, ...], bool]:
-    """Return the pictures of masks for an image, and whether there is one per object."""
-    for suffix in (place.suffix, ".png"):
-        if place.with_suffix(suffix).is_file():
-            return (place.with_suffix(suffix),), False
-    stem = place.with_suffix("")
-    beside = [
-        path
-        for path in (pictures(stem.parent, "*") if stem.parent.is_dir() else [])
-        if re.fullmatch(re.escape(stem.name) + r"_\d+", path.stem)
-    ]
-    return tuple(beside or (pictures(stem, "*") if stem.is_dir() else [])), True
+def _masks(root: Path) -> Callable[[Path], tuple[tuple[Path, ...], bool]]:
+    """Return what finds the masks of an image by its place below the folder of images.
+
+    It returns the pictures of masks, and whether there is one for each object.
+    """
+    alone: dict[Path, Path] = {}
+    layers: dict[Path, list[Path]] = {}
+    for path in pictures(root, "**/*"):
+        place = path.relative_to(root).with_suffix("")
+        alone[place] = path
+        beside = re.fullmatch(r"(.+)_\d+", place.name)
+        for image in [place.parent, *([place.with_name(beside[1])] if beside else [])]:
+            layers.setdefault(image, []).append(path)
+
+    def look_up(image: Path) -> tuple[tuple[Path, ...], bool]:
+        place = image.with_suffix("")
+        if place in alone:
+            return (alone[place],), False
+        return tuple(layers.get(place, ())), True
+
+    return look_up
 
 
 def _descriptions(root: Path) -> dict[str, list[dict[str, Any]]] | None:
@@ -132,6 +142,33 @@ def _descriptions(root: Path) -> dict[str, list[dict[str, Any]]] | None:
     return found if files else None
 
 
+class Unreadable(Exception):
+    """A file that is missing, broken or no picture.
+
+    Args:
+        path: The file.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image]:
+    """Open a picture; all that may be wrong with the file becomes `Unreadable`."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            yield image
+    # What Pillow raises for broken files beside OSError.
+    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+        raise Unreadable(path, f"{type(error).__name__}: {error}") from error
+
+
 def read_image(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
     """Read a picture in colour, scaled.
 
@@ -143,15 +180,15 @@ def read_image(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int
         Bytes (H, W, 3), and the height and width that it had.
 
     Raises:
-        OSError: It cannot be read.
+        Unreadable: It cannot be read.
     """
-    from PIL import Image
+    from PIL.Image import Resampling
 
-    with Image.open(path) as image:
+    with opened(path) as image:
         picture = image.convert("RGB")
     had = picture.height, picture.width
     if had != size:
-        picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
+        picture = picture.resize(size[::-1], Resampling.BILINEAR)
     return np.asarray(picture), had
 
 
@@ -159,11 +196,9 @@ def read_label(path: Path) -> np.ndarray:
     """Read a picture of labels as whole numbers (H, W); colours become one number each.
 
     Raises:
-        OSError: It cannot be read.
+        Unreadable: It cannot be read.
     """
-    from PIL import Image
-
-    with Image.open(path) as image:
+    with opened(path) as image:
         if image.mode in ("RGB", "RGBA"):
             red, green, blue = np.moveaxis(np.asarray(image.convert("RGB")), 2, 0).astype(np.int64)
             return (red << 16) + (green << 8) + blue
@@ -188,12 +223,12 @@ def read_masks(
 
     Raises:
         ZooError: A mask of another size than its image, or more objects than allowed.
-        OSError: A mask cannot be read.
+        Unreadable: A mask is missing or cannot be read.
     """
     frames = []
     for image, files, had in zip(entry.frames, entry.masks, sizes, strict=True):
         if not files:
-            raise OSError("it has no mask")
+            raise Unreadable(image, "it has no mask")
         layers = []
         for path in files:
             layer = read_label(path)

@@ -13,7 +13,7 @@ M = max_objects objects (and T frames of a video),
     position  (B, M, 2) float: pixel_coords as (x, y) from 0 to 1
 
 Mask m and the m-th object of scenes.json are the same object. Everything is scaled to one size and
-held in memory as bytes, 16 kB for an image of 64x64 pixels.
+held in memory as bytes, 16 kB for an image of 64x64 pixels with its masks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from zoo.datasets import checks, object_files
 from zoo.datasets.base import DataModule, content_hash
 from zoo.datasets.batches import Source
 from zoo.datasets.images import permutation
-from zoo.datasets.object_files import Entry
+from zoo.datasets.object_files import Entry, Unreadable
 from zoo.datasets.order import Epochs, Order
 from zoo.datasets.registry import dataset
 from zoo.errors import ZooError, unknown
@@ -231,19 +231,15 @@ class ObjectFolders(DataModule):
                     )
                     continue
                 entry = Entry(entry.frames[: self.frames], entry.masks[: self.frames])
-            path = entry.frames[0]
             try:
-                images = []
-                for path in entry.frames:
-                    images.append(object_files.read_image(path, size))
+                images = [object_files.read_image(path, size) for path in entry.frames]
                 if masked:
                     if not entry.masks:
-                        raise OSError("it has no mask")
+                        raise Unreadable(entry.frames[0], "it has no masks")
                     had = [shape for _, shape in images]
                     labels.append(object_files.read_masks(entry, had, self.max_objects, size))
-            # What Pillow raises for broken files beside OSError.
-            except (OSError, SyntaxError, EOFError) as error:
-                self.skipped[str(path)] = str(error) or type(error).__name__
+            except Unreadable as error:
+                self.skipped[str(error.path)] = error.reason
                 continue
             pixels.append(np.stack([image for image, _ in images]))
             sizes.append(images[0][1])
