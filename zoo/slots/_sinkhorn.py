@@ -9,10 +9,10 @@ the minimisation) repeats, for a cost with a little noise against ties,
 
     H = mean over N, K of -P log P,  g = (dH/dC) / |dH/dC|,  C <- C - lr g,
 
-where g counts as a constant. Both are written as reverse sweeps by hand: a step of the sweep is
-one softmax-weighted sum over each axis, so that no graph of the S steps is kept, and gradients
-inside a forward pass need neither autograd nor a mode in which it is allowed. Cost of a plan
-2 S N K exponentials, of MESH (2 n + 1) times as much; memory N K.
+where g counts as a constant. Both are written as reverse sweeps by hand: no graph of the S rounds
+is kept, and gradients inside a forward pass need neither autograd nor a mode in which it is
+allowed. After the first round in logarithms a plan takes 2 S products of an N x K matrix with a
+vector, its gradient twice as many; MESH n + 1 plans and n gradients. Memory N K.
 """
 
 from __future__ import annotations
@@ -119,39 +119,135 @@ def _unit(gradient: Tensor) -> Tensor:
     return gradient / norm[:, None, None]
 
 
-def _sweep(
-    p: Tensor, log_a: Tensor, log_b: Tensor, v: Tensor, iterations: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """All u and v on the way, the v of the start first."""
-    us, vs = [], [v]
-    for _ in range(iterations):
-        us.append(log_a - (p + vs[-1][:, None]).logsumexp(2))
-        vs.append(log_b - (p + us[-1][..., None]).logsumexp(1))
-    return us, vs
+class _Sweep:
+    """S rounds of Sinkhorn, and their gradient.
+
+    The first u is taken in logarithms; then the plan M that it leads to, whose rows have their
+    mass, is held fixed, and all further rounds are products of M with vectors of factors: u is
+    u_1 + log r, v is v_0 + log c. The reverse sweep is such products as well, and one product of
+    matrices of rank 2 S. Where the factors leave the range of the type, `_LogSweep` is right.
+
+    Args:
+        p: (B, K, N).
+        log_a: (B, N).
+        log_b: (B, K).
+        v: Start, (B, K).
+        rounds: S.
+    """
+
+    def __init__(self, p: Tensor, log_a: Tensor, log_b: Tensor, v: Tensor, rounds: int) -> None:
+        p = p.contiguous()
+        start = p + v[..., None]
+        self.u = log_a - start.logsumexp(1)
+        self.plan = start.add_(self.u[:, None]).exp_()
+        a, b = log_a.exp(), log_b.exp()
+        self.inverse_a = torch.where(a > 0, 1 / a, 0.0)
+        self.b, self.v = b, v
+        self.r, self.c = [torch.ones_like(a)], [torch.ones_like(b)]
+        for s in range(rounds):
+            if s:
+                row = (self.c[-1][:, None] @ self.plan)[:, 0]
+                self.r.append(torch.where(a > 0, a / row, 0.0))
+            self.c.append(b / (self.plan @ self.r[-1][..., None])[..., 0])
+
+    def sound(self) -> bool:
+        """All factors are numbers, and none is near the end of the range."""
+        least, most = 1e-15, 1e15
+        c, r = self.c[-1], self.r[-1]
+        inside = (c > least) & (c < most)
+        return bool(inside.all()) and bool((r < most).all())
+
+    def last(self) -> tuple[Tensor, Tensor]:
+        """The last u (B, N) and v (B, K)."""
+        return self.u + self.r[-1].log(), self.v + self.c[-1].log()
+
+    def entropy_gradient(self, p: Tensor) -> Tensor:
+        """Gradient of the entropy of the plan with respect to p, (B, K, N)."""
+        plan = self.plan * self.c[-1][..., None] * self.r[-1][:, None]
+        grown = _entropy_growth(plan)
+        return self.back(grown.sum(1), grown.sum(2))[0].add_(grown)
+
+    def back(self, du: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of p, log a, log b and the start from those of the last u and v."""
+        d_log_a, d_log_b = torch.zeros_like(du), torch.zeros_like(dv)
+        left, right = [], []
+        for s in reversed(range(len(self.r))):
+            r, c, before = self.r[s], self.c[s + 1], self.c[s]
+            d_log_b = d_log_b + dv
+            flow = c * dv / self.b
+            left.append(flow)
+            right.append(r)
+            du = du - r * (flow[:, None] @ self.plan)[:, 0]
+            d_log_a = d_log_a + du
+            flow = r * du * self.inverse_a
+            left.append(before)
+            right.append(flow)
+            dv = -before * (self.plan @ flow[..., None])[..., 0]
+            du = torch.zeros_like(du)
+        dp = torch.stack(left, 2) @ torch.stack(right, 1)
+        return dp.mul_(self.plan).neg_(), d_log_a, d_log_b, dv
 
 
-def _sweep_back(
-    p: Tensor, us: list[Tensor], vs: list[Tensor], log_b: Tensor, du: Tensor, dv: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of p, log a, log b and the first v from those of the last u and v."""
-    dp = torch.zeros_like(p)
-    d_log_a, d_log_b = torch.zeros_like(us[-1]), torch.zeros_like(dv)
-    for s in reversed(range(len(us))):
-        u, v, last = us[s], vs[s + 1], vs[s]
-        # v = log b - lse(p + u): its softmax over the inputs is exp(p + u + v - log b).
-        w = (p + u[..., None] + (v - log_b)[:, None]).exp_()
-        d_log_b += dv
-        flow = w.mul_(dv[:, None])
-        dp -= flow
-        du = du - flow.sum(2)
-        # u = log a - lse(p + v): a softmax over the slots, in which a hidden input has no u.
-        r = (p + last[:, None]).softmax(2)
-        d_log_a += du
-        flow = r.mul_(du[..., None])
-        dp -= flow
-        dv = -flow.sum(1)
-        du = torch.zeros_like(du)
-    return dp, d_log_a, d_log_b, dv
+class _LogSweep:
+    """The same in logarithms throughout, for costs of any size.
+
+    Args:
+        p: (B, K, N).
+        log_a: (B, N).
+        log_b: (B, K).
+        v: Start, (B, K).
+        rounds: S.
+    """
+
+    def __init__(self, p: Tensor, log_a: Tensor, log_b: Tensor, v: Tensor, rounds: int) -> None:
+        self.p, self.log_b = p, log_b
+        self.us: list[Tensor] = []
+        self.vs = [v]
+        for _ in range(rounds):
+            self.us.append(log_a - (p + self.vs[-1][..., None]).logsumexp(1))
+            self.vs.append(log_b - (p + self.us[-1][:, None]).logsumexp(2))
+
+    def last(self) -> tuple[Tensor, Tensor]:
+        """The last u (B, N) and v (B, K)."""
+        return self.us[-1], self.vs[-1]
+
+    def entropy_gradient(self, p: Tensor) -> Tensor:
+        """Gradient of the entropy of the plan with respect to p, (B, K, N)."""
+        u, v = self.last()
+        grown = _entropy_growth((p + u[:, None] + v[..., None]).exp())
+        return self.back(grown.sum(1), grown.sum(2))[0] + grown
+
+    def back(self, du: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of p, log a, log b and the start from those of the last u and v."""
+        dp = torch.zeros_like(self.p)
+        d_log_a, d_log_b = torch.zeros_like(du), torch.zeros_like(dv)
+        for s in reversed(range(len(self.us))):
+            # v = log b - lse(p + u): its softmax over the inputs is exp(p + u + v - log b).
+            weights = self.p + self.us[s][:, None] + (self.vs[s + 1] - self.log_b)[..., None]
+            flow = weights.exp() * dv[..., None]
+            d_log_b = d_log_b + dv
+            dp = dp - flow
+            du = du - flow.sum(1)
+            # u = log a - lse(p + v): a softmax over the slots.
+            flow = (self.p + self.vs[s][..., None]).softmax(1) * du[:, None]
+            d_log_a = d_log_a + du
+            dp = dp - flow
+            dv = -flow.sum(2)
+            du = torch.zeros_like(du)
+        return dp, d_log_a, d_log_b, dv
+
+
+def _swept(p: Tensor, log_a: Tensor, log_b: Tensor, v: Tensor, rounds: int) -> _Sweep | _LogSweep:
+    """The sweep in factors where it is sound, else in logarithms."""
+    sweep = _Sweep(p, log_a, log_b, v, rounds)
+    return sweep if sweep.sound() else _LogSweep(p, log_a, log_b, v, rounds)
+
+
+def _entropy_growth(plan: Tensor) -> Tensor:
+    """Gradient of the entropy of a plan with respect to its logarithm."""
+    inside = (plan >= _LOW) & (plan <= 1.0)
+    grown = torch.where(inside, -(plan.clamp(min=_LOW).log() + 1) * plan, 0.0)
+    return grown.div_(plan.shape[1] * plan.shape[2])
 
 
 class _Potentials(torch.autograd.Function):
@@ -159,19 +255,43 @@ class _Potentials(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, p: Tensor, log_a: Tensor, log_b: Tensor, v: Tensor, iterations: int
+        ctx: Any, p: Tensor, log_a: Tensor, log_b: Tensor, v: Tensor, rounds: int
     ) -> tuple[Tensor, Tensor]:
-        us, vs = _sweep(p, log_a, log_b, v, iterations)
-        ctx.save_for_backward(p, log_b, *us, *vs)
-        ctx.iterations = iterations
-        return us[-1].clone(), vs[-1].clone()
+        ctx.sweep = _swept(p, log_a, log_b, v, rounds)
+        return ctx.sweep.last()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, du: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        p, log_b, *rest = ctx.saved_tensors
-        us, vs = rest[: ctx.iterations], rest[ctx.iterations :]
-        return (*_sweep_back(p, us, vs, log_b, du, dv), None)
+        return (*ctx.sweep.back(du, dv), None)
+
+
+class _Step(torch.autograd.Function):
+    """The v at the end of a plan, and the direction in which its entropy grows, a constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, p: Tensor, log_a: Tensor, log_b: Tensor, v: Tensor, rounds: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.sweep = _swept(p, log_a, log_b, v, rounds)
+        direction = _unit(ctx.sweep.entropy_gradient(p).neg())
+        ctx.mark_non_differentiable(direction)
+        return ctx.sweep.last()[1], direction
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dv: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        u = ctx.sweep.last()[0]
+        return (*ctx.sweep.back(torch.zeros_like(u), dv), None)
+
+
+def _compiled_step(
+    p: Tensor, log_a: Tensor, log_b: Tensor, v: Tensor, rounds: int
+) -> tuple[Tensor, Tensor]:
+    """`_Step` in operations that torch.compile takes and differentiates by itself."""
+    with torch.no_grad():
+        direction = _unit(_LogSweep(p, log_a, log_b, v, rounds).entropy_gradient(p).neg())
+    return _LogSweep(p, log_a, log_b, v, rounds).last()[1], direction
 
 
 def sinkhorn(
@@ -196,53 +316,13 @@ def sinkhorn(
     Returns:
         Plan (B, N, K), u (B, N), v (B, K).
     """
-    p = -cost / temperature
+    p = cost.mT / -temperature
     v = torch.zeros_like(log_b) if v is None else v
-    u, v = _Potentials.apply(p, log_a, log_b, v, iterations)
-    return (p + u[..., None] + v[:, None]).exp(), u, v
-
-
-def _entropy_back(p: Tensor, us: list[Tensor], vs: list[Tensor], log_b: Tensor) -> Tensor:
-    """Gradient of the entropy of the plan at the end of a sweep with respect to the cost."""
-    log_plan = p + us[-1][..., None] + vs[-1][:, None]
-    plan = log_plan.exp()
-    inside = (plan >= _LOW) & (plan <= 1.0)
-    d_log_plan = torch.where(inside, -(log_plan + 1) * plan, 0.0) / (p.shape[1] * p.shape[2])
-    dp, *_ = _sweep_back(p, us, vs, log_b, d_log_plan.sum(2), d_log_plan.sum(1))
-    return -(dp + d_log_plan)
-
-
-class _Step(torch.autograd.Function):
-    """The v at the end of a plan, and the direction in which its entropy grows, a constant."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, p: Tensor, log_a: Tensor, log_b: Tensor, v: Tensor, iterations: int
-    ) -> tuple[Tensor, Tensor]:
-        us, vs = _sweep(p, log_a, log_b, v, iterations)
-        ctx.save_for_backward(p, log_b, *us, *vs)
-        ctx.iterations = iterations
-        direction = _unit(_entropy_back(p, us, vs, log_b))
-        ctx.mark_non_differentiable(direction)
-        return vs[-1].clone(), direction
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dv: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        p, log_b, *rest = ctx.saved_tensors
-        us, vs = rest[: ctx.iterations], rest[ctx.iterations :]
-        return (*_sweep_back(p, us, vs, log_b, torch.zeros_like(us[-1]), dv), None)
-
-
-def _compiled_step(
-    p: Tensor, log_a: Tensor, log_b: Tensor, v: Tensor, iterations: int
-) -> tuple[Tensor, Tensor]:
-    """`_Step` in operations that torch.compile can differentiate by itself."""
-    with torch.no_grad():
-        us, vs = _sweep(p, log_a, log_b, v, iterations)
-        direction = _unit(_entropy_back(p, us, vs, log_b))
-    _, vs = _sweep(p, log_a, log_b, v, iterations)
-    return vs[-1], direction
+    if torch.compiler.is_compiling():
+        u, v = _LogSweep(p, log_a, log_b, v, iterations).last()
+    else:
+        u, v = _Potentials.apply(p, log_a, log_b, v, iterations)
+    return (p + u[:, None] + v[..., None]).exp().mT, u, v
 
 
 def mesh(
@@ -275,10 +355,10 @@ def mesh(
     zero = torch.zeros_like(log_b)
     v = zero
     for _ in range(steps):
-        facts: tuple[Tensor, ...] = (-cost, log_a, log_b, v if reuse else zero)
+        facts: Any = (-cost.mT, log_a, log_b, v if reuse else zero)
         if not (exact and reuse):
-            facts = tuple(fact.detach() for fact in facts)
-        step = _compiled_step if torch.compiler.is_compiling() else _Step.apply
+            facts = [fact.detach() for fact in facts]
+        step: Any = _compiled_step if torch.compiler.is_compiling() else _Step.apply
         v, direction = step(*facts, iterations)
-        cost = cost - lr * direction
+        cost = cost - lr * direction.mT
     return cost, v if reuse and steps else None

@@ -304,13 +304,12 @@ class SlotAttention(nn.Module):
     def _cost(self, k: Tensor, q: Tensor) -> Tensor:
         """Cost (B, N, K) of giving an input to a slot."""
         if self.distance == "dot":
-            return (k @ q.mT) * (-self.scale_cost / math.sqrt(self.dim))
+            return (q @ k.mT).mT * (-self.scale_cost / math.sqrt(self.dim))
         if self.distance == "cosine":
-            return self.scale_cost * (1 - F.normalize(k, dim=-1) @ F.normalize(q, dim=-1).mT)
+            return self.scale_cost * (1 - F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).mT
         # Exact differences: the form with products loses the small distances that decide ties.
-        return self.scale_cost * torch.cdist(
-            _wide(k), _wide(q), compute_mode="donot_use_mm_for_euclid_dist"
-        )
+        distance = torch.cdist(_wide(q), _wide(k), compute_mode="donot_use_mm_for_euclid_dist")
+        return self.scale_cost * distance.mT
 
     def _input_mass(self, x: Tensor, slots: int, mask: Tensor | None) -> Tensor | None:
         """Logarithms of the masses of the inputs (B, N); None for a softmax."""
