@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.cache import LayerCache
+from zoo.errors import ZooError
 from zoo.parts import Attend, Call
 from zoo.registry import Traits
 
@@ -163,3 +164,97 @@ class NoisyFeature(SoundFeature):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * next(self.count)
+
+
+class LayoutFeature(SoundFeature):
+    """Reads the memory instead of the map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return super().forward(x) * (2 if last else 1)
+
+
+class SoundSlots(nn.Module):
+    """A weighted mean for each slot (made up in 2026).
+
+    Args:
+        dim_in: Channels of the inputs.
+        dim: Channels of a slot.
+        slots: Slots K.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    kind = "slots"
+
+    def __init__(
+        self, dim_in: int, dim: int = 64, slots: int = 7, *, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        made = {"device": device, "dtype": dtype}
+        self.k = nn.Linear(dim_in, dim, bias=False, **made)
+        self.start = nn.Parameter(torch.ones(slots, dim, **made))
+
+    def begin(self, x: Tensor, slots: Tensor | None, generator: Any) -> Tensor:
+        """Given slots, or random ones."""
+        if slots is None:
+            noise = torch.randn((len(x), *self.start.shape), generator=generator, dtype=x.dtype)
+            return self.start * noise
+        if slots.shape[-1] != self.start.shape[1]:
+            raise ZooError("slots have the wrong width")
+        return slots
+
+    def weigh(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        """Softmax over slots, zero where hidden, mean over inputs."""
+        w = scores.softmax(-1) + 1e-8
+        if mask is not None:
+            if mask.shape != w.shape[:2]:
+                raise ZooError("mask has the wrong shape")
+            w = w * mask[..., None]
+        return w / w.sum(1, keepdim=True)
+
+    def forward(
+        self,
+        x: Tensor,
+        slots: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        generator: Any = None,
+        return_weights: bool = False,
+    ) -> Any:
+        """(B, N, C) to (B, K, D)."""
+        s = self.begin(x, slots, generator)
+        k = self.k(x)
+        w = self.weigh(k @ s.mT / k.shape[-1] ** 0.5, mask)
+        y = s + w.mT @ k
+        return (y, w) if return_weights else y
+
+
+class OrderedSlots(SoundSlots):
+    """Prefers its first slot."""
+
+    def weigh(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return super().weigh(scores + torch.arange(scores.shape[-1]).to(scores), mask)
+
+
+class OrderedInputs(SoundSlots):
+    """Prefers its first input."""
+
+    def weigh(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        w = super().weigh(scores, mask) * torch.arange(1, scores.shape[1] + 1).to(scores)[:, None]
+        return w / w.sum(1, keepdim=True)
+
+
+class SeesHiddenInputs(SoundSlots):
+    """Checks the mask and forgets it."""
+
+    def weigh(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        super().weigh(scores, mask)
+        return super().weigh(scores, None)
+
+
+class GlobalChance(SoundSlots):
+    """Has no use for a generator."""
+
+    def begin(self, x: Tensor, slots: Tensor | None, generator: Any) -> Tensor:
+        return super().begin(x, slots, None)

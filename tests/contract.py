@@ -44,6 +44,14 @@ from contract_values import (
     check_strips,
     check_weights,
 )
+from contract_vision import (
+    check_formats,
+    check_input_order,
+    check_repeat,
+    check_slot_chance,
+    check_slot_mask,
+    check_slot_order,
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,15 @@ def _run(build: Build) -> bool:
 
 
 def _tokens(build: Build) -> bool:
-    return _run(build) and build.entry.kind != "feature"
+    return build.is_host or build.entry.kind == "mixer"
+
+
+def _maps(build: Build) -> bool:
+    return build.entry.kind == "feature"
+
+
+def _slots(build: Build) -> bool:
+    return build.entry.kind == "slots"
 
 
 def _strips(build: Build) -> bool:
@@ -87,7 +103,7 @@ def _decodes(build: Build) -> bool:
 CONTRACTS = {
     "documented": Contract(check_documented, lambda b: True),
     "tested": Contract(check_tested, lambda b: True),
-    "options": Contract(check_options, _tokens),
+    "options": Contract(check_options, _run),
     "refusals": Contract(check_refusals, _tokens),
     "bites": Contract(check_bites, lambda b: b.is_host),
     "shape": Contract(check_shape, _run),
@@ -128,6 +144,12 @@ CONTRACTS = {
     ),
     "strips": Contract(check_strips, _strips),
     "memory": Contract(check_memory, lambda b: _strips(b) or _linear(b)),
+    "repeat": Contract(check_repeat, lambda b: _maps(b) or _slots(b)),
+    "formats": Contract(check_formats, _maps),
+    "slot_order": Contract(check_slot_order, _slots),
+    "input_order": Contract(check_input_order, _slots),
+    "slot_mask": Contract(check_slot_mask, _slots),
+    "slot_chance": Contract(check_slot_chance, _slots),
 }
 
 # What parts must still keep when several non-default ones share a host.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_subject import Build, draw, file_of_tests, largest
+from contract_subject import CHANNELS, Build, draw, file_of_tests, largest
 from contract_values import flag
 
 import zoo
@@ -69,7 +69,7 @@ def check_options(build: Build) -> None:
         wrong = f"{option}_"
         spec = str(PartSpec(build.entry.name, {wrong: 1}))
         with pytest.raises(ZooError, match=re.escape(wrong)) as caught:
-            zoo.create(spec, 16, 4)
+            zoo.create(spec, *((CHANNELS,) if build.entry.kind == "feature" else (16, 4)))
         if option in build.entry.options:
             assert repr(option) in str(caught.value), f"{caught.value} does not name {option!r}"
         with pytest.raises(ZooError, match=re.escape(wrong)):
@@ -78,7 +78,7 @@ def check_options(build: Build) -> None:
         p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         for p in inspect.signature(build.entry.cls).parameters.values()
     ), "the constructor takes *args or **kwargs"
-    if build.is_host:
+    if build.is_host or build.entry.kind in ("feature", "slots"):
         lacking = [n for n, p in build.entry.options.items() if p.default is p.empty]
         assert not lacking, f"options without a default: {lacking}"
 

@@ -9,7 +9,7 @@ import pickle
 from typing import Any
 
 import torch
-from contract_subject import FACTS, Build, settle
+from contract_subject import CHANNELS, FACTS, SLOTS, Build, settle
 from contract_values import flag
 from tolerances import assert_close
 from torch import nn
@@ -104,7 +104,7 @@ def expected_parameters(entry: Entry, facts: dict[str, Any], layout: Layout | No
 
 
 def _facts(build: Build) -> list[dict[str, Any]]:
-    if build.entry.kind == "feature":
+    if build.entry.kind in ("feature", "slots"):
         return [{}]
     kv = (4, 2) if build.is_host and build.traits.grouped else (None,)
     biases = (False, True) if build.takes("bias") else (None,)
@@ -134,6 +134,10 @@ def check_parameters(build: Build) -> None:
         counted: nn.Module = module
         layout = None
         known: dict[str, Any] = {"causal": False, "bias": False, "depth": 0, **FACTS, **facts}
+        if build.entry.kind == "feature":
+            known = {"channels": CHANNELS}
+        if build.entry.kind == "slots":
+            known = dict(SLOTS)
         if isinstance(module, Attention):
             counted = getattr(module, part.entry.kind)
             layout = module.layout

@@ -21,10 +21,11 @@ from zoo.spec import DEFAULTS, PartSpec, parse
 
 TESTS = Path(__file__).parent
 # Kinds that the contracts of values can run; the others are held to those of the registry alone.
-RUNNABLE = (*SOCKETS, "mixer", "feature")
+RUNNABLE = (*SOCKETS, "mixer", "feature", "slots")
 FACTS: dict[str, Any] = {"dim": 16, "heads": 4, "max_len": 32}
 CHANNELS = 8
 SIDE = 6
+SLOTS: dict[str, Any] = {"dim_in": 16, "dim": 8, "slots": 4}
 
 
 @contextmanager
@@ -92,7 +93,7 @@ class Build:
     @property
     def modes(self) -> list[bool]:
         """Values of `causal` that the mechanism promises to honour."""
-        if self.entry.kind == "feature":
+        if self.entry.kind in ("feature", "slots"):
             return [False]
         pairs = ((False, self.traits.bidirectional), (True, self.traits.causal))
         return [causal for causal, ok in pairs if ok]
@@ -116,6 +117,8 @@ class Build:
         given = {**FACTS, "causal": self.modes[0]}
         if self.entry.kind == "feature":
             args, given = (CHANNELS,), {}
+        if self.entry.kind == "slots":
+            given = SLOTS
         known = {name: value for name, value in given.items() if self.takes(name)}
         torch.manual_seed(seed)
         module = zoo.create(self.spec, *args, **{**known, **facts})
@@ -124,15 +127,50 @@ class Build:
                 for parameter in module.parameters():
                     if not parameter.is_meta:
                         parameter.add_(0.2 * torch.randn_like(parameter))
-        return module
+        return Started(module) if self.entry.kind == "slots" else module
 
     def input(
         self, batch: int = 2, length: int = 9, *, dtype: torch.dtype = torch.float64, seed: int = 0
     ) -> Tensor:
         """Tokens (B, N, C), or feature maps (B, C, H, W) for mechanisms that want these."""
         if self.entry.kind == "feature":
-            return draw(batch, CHANNELS, SIDE, SIDE, seed=seed, dtype=dtype)
+            return draw(batch, CHANNELS, SIDE, max(SIDE, length), seed=seed, dtype=dtype)
         return draw(batch, length, FACTS["dim"], seed=seed, dtype=dtype)
+
+
+class Started(nn.Module):
+    """Slots that start at the same vectors, with the same noise, whatever the batch.
+
+    Their start is random otherwise, so that a sample could not be compared with itself.
+
+    Args:
+        inner: The module.
+
+    Attributes:
+        own: Let the module start by itself instead, from one seed.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.own = False
+        # Drawn here, since a compiled pass cannot make a generator; row i is that of input i.
+        self.drawn = draw(SLOTS["slots"], SLOTS["dim"], seed=21)
+        self.rows = draw(64, SLOTS["slots"], seed=22)
+
+    def start(self, x: Tensor) -> dict[str, Tensor]:
+        """Slots (B, K, D), and noise (B, N, K) where the module takes it."""
+        b, n, _ = x.shape
+        found = {"slots": self.drawn.to(x).expand(b, -1, -1)}
+        if "noise" in inspect.signature(self.inner.forward).parameters:
+            found["noise"] = self.rows[:n].to(x).expand(b, -1, -1)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, K, D)."""
+        if self.own:
+            return self.inner(x, generator=torch.Generator().manual_seed(5))
+        return self.inner(x, **self.start(x))
 
 
 def settle(module: nn.Module, x: Tensor, **inputs: Any) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from contract_subject import Build, draw, largest, settle, tiny_strips
+from contract_subject import SLOTS, Build, Started, draw, largest, settle, tiny_strips
 from tolerances import assert_close
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from zoo.errors import ZooError
 
 def check_shape(build: Build) -> None:
     """The output has the input's shape, type and device, for any layout, and x is left alone."""
+    slots = build.entry.kind == "slots"
     for causal in build.modes:
         for dtype in (torch.float32, torch.float64):
             module = build(dtype=dtype, **flag(build, causal))
@@ -26,7 +27,8 @@ def check_shape(build: Build) -> None:
                 x = build.input(batch, length, dtype=dtype)
                 kept = x.clone()
                 y = module(x)
-                assert y.shape == x.shape, f"output of shape {tuple(y.shape)} for {tuple(x.shape)}"
+                due = (batch, *map(SLOTS.get, ("slots", "dim"))) if slots else x.shape
+                assert y.shape == due, f"output of shape {tuple(y.shape)} for {tuple(x.shape)}"
                 assert y.dtype == dtype, f"output of type {y.dtype} for {dtype}"
                 assert y.device == x.device
                 assert bool(y.isfinite().all()), f"output not finite at {tuple(x.shape)}"
@@ -44,6 +46,8 @@ def check_gradients(build: Build) -> None:
     """Every parameter and the input get a finite gradient that is not zero."""
     for causal in build.modes:
         module = build(dtype=torch.float64, **flag(build, causal))
+        if isinstance(module, Started):
+            module.own = True  # what a given start leaves out gets its gradient too
         found = settle(module, build.input(2, 13))
         wanted = [n for n, p in module.named_parameters() if p.requires_grad]
         for name in ["x", *wanted]:

@@ -55,7 +55,9 @@ def registered(cls: type, options: str = "", **facts: Any) -> Iterator[Build]:
 SOUND = [
     (broken.SoundScore, {"taxonomy": TRAINED, "parameters": "score_heads"}),
     (modules.SoundFeature, {"taxonomy": TRAINED, "parameters": "64"}),
+    (modules.SoundSlots, {"taxonomy": TRAINED, "parameters": "dim * (dim_in + slots)"}),
 ]
+SLOTS = {"slot_order", "input_order", "slot_mask", "slot_chance"}
 
 
 @pytest.mark.parametrize(("cls", "facts"), SOUND, ids=[c.__name__ for c, _ in SOUND])
@@ -65,11 +67,11 @@ def test_sound_parts_keep_every_contract(cls: type, facts: dict[str, Any]) -> No
         for name in names:
             CONTRACTS[name].check(build)
     kept = {"shape", "gradients", "batch", "gradcheck", "half", "large", "compile", "state_dict"}
-    kept |= {"copy", "device", "seed", "parameters", "documented", "tested"}
-    if cls is modules.SoundFeature:
-        assert set(names) == kept
-    else:
-        assert set(names) == set(CONTRACTS)
+    kept |= {"copy", "device", "seed", "parameters", "documented", "tested", "options", "repeat"}
+    assert set(names) == {
+        modules.SoundFeature: kept | {"formats"},
+        modules.SoundSlots: kept | SLOTS,
+    }.get(cls, set(CONTRACTS) - SLOTS - {"formats", "repeat"})
 
 
 WINDOW = "(window=4)"
@@ -139,6 +141,12 @@ BROKEN: list[tuple[type, str, str, dict[str, Any]]] = [
     (broken.Unnormalised, "distribution", "sum of a row's weights", {"taxonomy": SOFTMAX}),
     (broken.HoldsAllPairs, "memory", "the largest tensor grows", {}),
     (broken.DependsOnStrip, "strips", "route auto", {}),
+    (modules.NoisyFeature, "repeat", "a second pass in evaluation differs", {}),
+    (modules.LayoutFeature, "formats", "channels last", {}),
+    (modules.OrderedSlots, "slot_order", "permuted slots", {}),
+    (modules.OrderedInputs, "input_order", "permuted inputs", {}),
+    (modules.SeesHiddenInputs, "slot_mask", "a hidden input has weight", {}),
+    (modules.GlobalChance, "slot_chance", "the same generator gives other slots", {}),
 ]
 
 

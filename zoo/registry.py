@@ -47,6 +47,12 @@ HOST_FACTS = frozenset(
     )
 )
 
+_FACTS_OF_KIND = {
+    **dict.fromkeys((*SOCKETS, "mixer"), HOST_FACTS),
+    "feature": frozenset(("channels", "device", "dtype")),
+    "slots": frozenset(("dim_in", "dim", "slots", "device", "dtype")),
+}
+
 _TAXONOMY: dict[str, tuple[str, ...]] = {
     "sequences": ("distinctive", "co", "self", "none"),
     "levels": ("single", "multi"),
@@ -251,7 +257,7 @@ class Entry:
     def options(self) -> dict[str, inspect.Parameter]:
         """Constructor parameters that a user sets, by name (the host's facts are left out)."""
         found = inspect.signature(self.cls).parameters
-        facts = HOST_FACTS if self.kind in (*SOCKETS, "mixer") else frozenset[str]()
+        facts = _FACTS_OF_KIND.get(self.kind, frozenset())
         return {name: item for name, item in found.items() if name not in facts}
 
     @property

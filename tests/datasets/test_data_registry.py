@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 import zoo.datasets.registry as registry
-from zoo import datasets
+from zoo import datasets, tasks
 from zoo.datasets import DataModule, dataset
 from zoo.errors import ZooError
-from zoo.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(
@@ -32,7 +31,7 @@ def test_the_list_is_sorted_and_holds_every_module_that_registers():
 def test_every_data_set_describes_itself_and_documents_every_option(name):
     info = datasets.info(name)
     assert info.name == name
-    assert info.task in TASKS
+    assert info.task in tasks.names()
     assert info.summary.endswith(".")
     assert {"batch_size", "eval_batch_size", "seed"} <= info.options.keys()
     doc = registry._find(name).__doc__

@@ -8,7 +8,7 @@ import pytest
 
 from zoo.errors import ZooError
 from zoo.models.decoder_lm import DecoderLM
-from zoo.runs.build import build_task, example
+from zoo.runs.build import build_task
 from zoo.runs.config import claim, data_module, load, recipes
 from zoo.runs.train import run
 
@@ -73,7 +73,7 @@ def test_parts_of_three_sockets_fit_into_the_model_of_every_claim(name):
     data = data_module(config)
     data.setup()
     model = build_task(config, data).model
-    assert bool(model(example(data)).isfinite().all())
+    assert bool(model(*data.example()).isfinite().all())
 
 
 @pytest.mark.parametrize("name", sorted(HUB))

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from zoo.datasets import IGNORE
 from zoo.errors import ZooError
 from zoo.tasks import (
-    TASKS,
     ImageClassification,
     LanguageModelling,
     Optim,
@@ -132,7 +131,9 @@ def test_splits_are_named_and_kept_apart():
     assert evaluate(task, [batch], 2)["accuracy"] == 0
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize(
+    "name", ["classification", "collapse", "language", "regression", "tagging"]
+)
 def test_every_task_declares_the_figures_it_gives(name):
     task = find(name)(Fixed(), Optim(lr=1.0), max_steps=10, test_names=["test"])
     figures = task.make_figures()

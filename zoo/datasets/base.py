@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningDataModule
@@ -46,7 +46,8 @@ class DataModule(LightningDataModule):
     """What every data set has: its task, splits by name, and loaders of dictionaries of tensors.
 
     A subclass is a keyword-only dataclass whose fields are its options. It checks them in
-    ``__post_init__``, reads its data in ``load`` and hands out ``source`` and ``order``.
+    ``__post_init__``, reads its data in ``load`` and hands out ``source`` and ``order``; what a
+    model must be told of it is in ``model_facts``, an input for one example in ``example``.
 
     Args:
         batch_size: Training examples per step, over all processes together.
@@ -103,6 +104,18 @@ class DataModule(LightningDataModule):
 
     def digest(self) -> str:
         """Return the hash that identifies the data once it is loaded."""
+        raise NotImplementedError
+
+    def model_facts(self) -> dict[str, Any]:
+        """Return what a model of this data must be told, by the names of its parameters."""
+        raise NotImplementedError
+
+    def task_facts(self) -> dict[str, Any]:
+        """Return what the task must be told beside the model, by the names of its parameters."""
+        return {}
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Return what a model takes, for one example of training, all zeros."""
         raise NotImplementedError
 
     # What a user calls.

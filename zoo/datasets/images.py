@@ -134,6 +134,14 @@ class ImageData(DataModule):
         """Number of classes."""
         return len(self.classes)
 
+    def model_facts(self) -> dict[str, Any]:
+        """Return image_shape and num_classes."""
+        return {"image_shape": self.image_shape, "num_classes": self.num_classes}
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Return an image (1, C, H, W)."""
+        return (torch.zeros(1, *self.image_shape),)
+
     def read(self) -> Mapping[str, Split]:
         """Return the images and labels of "train", "val" and every test set."""
         raise NotImplementedError

@@ -122,6 +122,17 @@ class SyntheticData(DataModule):
         lengths = [variant.get("seq_len", self.seq_len) for variant in self.variants().values()]
         return max([self.seq_len, *lengths])
 
+    def model_facts(self) -> dict[str, Any]:
+        """Return vocab_size, and num_outputs where numbers are to be predicted."""
+        facts: dict[str, Any] = {"vocab_size": self.vocab_size}  # type: ignore[attr-defined]
+        if hasattr(self, "num_outputs"):
+            facts["num_outputs"] = self.num_outputs
+        return facts
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Return tokens (1, T)."""
+        return (torch.zeros(1, self.seq_len, dtype=torch.int64),)
+
     def load(self) -> None:
         """Generate a finite training set; the other splits are made when first asked for."""
         if self.train_size is not None:

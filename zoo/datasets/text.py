@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -143,6 +143,18 @@ class ByteText(DataModule):
     def test_names(self) -> list[str]:
         """Names of the test sets, "test" first."""
         return ["test", *map(str, self._lengths)]
+
+    def model_facts(self) -> dict[str, Any]:
+        """Return vocab_size."""
+        return {"vocab_size": self.vocab_size}
+
+    def task_facts(self) -> dict[str, Any]:
+        """Return bytes_per_token."""
+        return {"bytes_per_token": self.bytes_per_token}
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Return tokens (1, T)."""
+        return (torch.zeros(1, self.seq_len, dtype=torch.int64),)
 
     def read(self) -> Mapping[str, bytes]:
         """Return the bytes of "train", "val" and "test"."""

@@ -1,1 +1,1 @@
-"""Modules on feature maps (B, C, H, W): one file per mechanism."""
+"""Modules on feature maps (B, C, H, W), one file each."""

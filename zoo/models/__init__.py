@@ -11,27 +11,63 @@ import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
 
-from zoo.errors import ZooError, unknown
+from zoo.errors import CompatibilityError, ZooError, unknown
+from zoo.registry import KINDS, SOCKETS
+from zoo.spec import parse
 
-_models: dict[str, Callable[..., nn.Module]] = {}
+TOKEN_MIXERS = (*SOCKETS, "mixer")
+"""Kinds that make a layer on tokens (B, N, C)."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What is known of a model without building it.
+
+    Args:
+        make: Class or function that builds it.
+        kinds: Kinds of mechanism that it hosts.
+        facts: Parameters that the data decide, not the user.
+    """
+
+    make: Callable[..., nn.Module]
+    kinds: tuple[str, ...]
+    facts: tuple[str, ...]
+
+
+_models: dict[str, Registered] = {}
 F = TypeVar("F", bound=Callable[..., nn.Module])
 
 
-def model(name: str) -> Callable[[F], F]:
+def model(
+    name: str,
+    *,
+    kinds: tuple[str, ...] = TOKEN_MIXERS,
+    facts: tuple[str, ...] = ("vocab_size", "num_outputs", "num_classes", "image_shape"),
+) -> Callable[[F], F]:
     """Decorator that registers a class or function that builds a model.
 
+    Args:
+        name: Unique name.
+        kinds: Kinds of mechanism that its parameter `attention` takes.
+        facts: Parameters that the data decide, as their `model_facts` says them; recipes do not
+            have them as options.
+
     Raises:
-        ZooError: The name is taken.
+        ZooError: The name is taken, or a kind is unknown.
     """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise unknown("kind", kind, KINDS)
 
     def add(make: F) -> F:
         if name in _models:
-            raise ZooError(f"model name {name!r} is taken by {_models[name].__module__}")
-        _models[name] = make
+            raise ZooError(f"model name {name!r} is taken by {_models[name].make.__module__}")
+        _models[name] = Registered(make, kinds, facts)
         return make
 
     return add
@@ -48,8 +84,8 @@ def names() -> list[str]:
     return sorted(_models)
 
 
-def factory(name: str) -> Callable[..., nn.Module]:
-    """Class or function that builds a model.
+def info(name: str) -> Registered:
+    """What is known of a model.
 
     Raises:
         ZooError: Unknown name.
@@ -62,6 +98,48 @@ def factory(name: str) -> Callable[..., nn.Module]:
     if name not in _models:
         raise unknown("model", name, _models)
     return _models[name]
+
+
+def factory(name: str) -> Callable[..., nn.Module]:
+    """Class or function that builds a model.
+
+    Raises:
+        ZooError: Unknown name.
+    """
+    return info(name).make
+
+
+def facts_of(name: str) -> list[str]:
+    """Return which of the parameters of a model the data decide.
+
+    Raises:
+        ZooError: Unknown name.
+    """
+    known = info(name)
+    return [key for key in inspect.signature(known.make).parameters if key in known.facts]
+
+
+def check_hosted(name: str, attention: str) -> None:
+    """Refuse a mechanism of a kind that a model cannot host, before anything is built.
+
+    Args:
+        name: Name of the model.
+        attention: Specification.
+
+    Raises:
+        ZooError: Unknown model or mechanism.
+        CompatibilityError: The model hosts other kinds.
+    """
+    kinds = tuple(kind for kind in info(name).kinds if kind not in SOCKETS)
+    for part in parse(attention):
+        kind = part.entry.kind
+        if ("mixer" if kind in SOCKETS else kind) not in kinds:
+            hosted = ", ".join(
+                "token mixer" if k == "mixer" else k for k in kinds if k not in SOCKETS
+            )
+            raise CompatibilityError(
+                f"{part.name!r} is of kind {kind!r}, but the model {name!r} hosts: {hosted}"
+            )
 
 
 def create(name: str, /, **options: Any) -> nn.Module:

@@ -170,7 +170,7 @@ def _take_embedding(specs: list[str]) -> tuple[list[str], PartSpec | None]:
     return rest, next(iter(found.values()), None)
 
 
-@model("resnet")
+@model("resnet", kinds=("feature",))
 def resnet(
     attention: str | type[nn.Module] | None = None,
     *,

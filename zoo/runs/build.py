@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from zoo import models
 from zoo.datasets import DataModule
@@ -20,15 +20,6 @@ from zoo.tasks import find as find_task
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
-
-
-def longest(data: DataModule) -> int:
-    """Return the length of the longest sequence of any split.
-
-    Args:
-        data: Data module of sequences.
-    """
-    return getattr(data, "max_seq_len", None) or data.seq_len  # type: ignore[attr-defined]
 
 
 def build_task(config: DictConfig, data: DataModule) -> Task:
@@ -47,13 +38,16 @@ def build_task(config: DictConfig, data: DataModule) -> Task:
     """
     options = contents(config.model)
     name = options.pop("name")
-    if data.task == "classification":
-        options |= {"image_shape": data.image_shape, "num_classes": data.num_classes}  # type: ignore[attr-defined]
-    else:
-        options["vocab_size"] = data.vocab_size  # type: ignore[attr-defined]
-        if hasattr(data, "num_outputs"):
-            options["num_outputs"] = data.num_outputs
-        trained: int = data.seq_len  # type: ignore[attr-defined]
+    facts, taken = data.model_facts(), models.facts_of(name)
+    for fact in facts:
+        if fact not in taken:
+            raise ZooError(
+                f"model {name!r} has no use for the {fact} of data set {config.data.name!r}, whose "
+                f"task is {data.task!r}"
+            )
+    options |= facts
+    trained = getattr(data, "seq_len", None)
+    if trained is not None:
         options["max_len"] = trained if options.get("max_len") is None else options["max_len"]
         if options["max_len"] < trained:
             raise ZooError(
@@ -61,15 +55,15 @@ def build_task(config: DictConfig, data: DataModule) -> Task:
                 f"allowed: at least {trained}"
             )
     model = models.create(name, attention=config.attention, **options)
-    if data.task != "classification" and longest(data) > options["max_len"]:
-        _try_length(model, longest(data), options["max_len"], config.attention)
-    more = {"bytes_per_token": data.bytes_per_token} if data.task == "language" else {}  # type: ignore[attr-defined]
+    longest = getattr(data, "max_seq_len", trained)
+    if longest is not None and longest > options["max_len"]:
+        _try_length(model, longest, options["max_len"], config.attention)
     return find_task(config.task)(
         model,
         OmegaConf.to_object(config.optim),  # type: ignore[arg-type]
         max_steps=config.trainer.max_steps,
         test_names=data.test_names,
-        **more,
+        **data.task_facts(),
     )
 
 
@@ -89,17 +83,6 @@ def _try_length(model: nn.Module, length: int, max_len: int, attention: str) -> 
         ) from None
     finally:
         model.train(was_training)
-
-
-def example(data: DataModule) -> Tensor:
-    """Return an input of one sequence (1, T) or image (1, C, H, W), all zeros.
-
-    Args:
-        data: The data module.
-    """
-    if data.task == "classification":
-        return torch.zeros(1, *data.image_shape)  # type: ignore[attr-defined]
-    return torch.zeros(1, data.seq_len, dtype=torch.int64)  # type: ignore[attr-defined]
 
 
 @dataclass

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from zoo import datasets
+from zoo import datasets, models
 from zoo.errors import ZooError, unknown
 from zoo.resources import folder
 from zoo.runs.claim_schema import Claim, Resolved, check_variants, read_claim
@@ -32,6 +32,8 @@ from zoo.tasks import Optim
 
 SHORT = {"lr": "optim.lr", "steps": "trainer.max_steps", "batch": "data.batch_size"}
 """Short names of overrides."""
+NAMED = ("data", "model")
+"""Sections that an override may replace whole by a name, such as ``model=resnet``."""
 
 # What a figure does not depend on, and what only says where a run takes place.
 _COMMENT = ("budget", "description")
@@ -244,9 +246,12 @@ def _assignments(overrides: Sequence[str]) -> dict[str, Any]:
             continue
         try:
             found[key] = OmegaConf.select(OmegaConf.from_dotlist([f"value={value}"]), "value")
+            if key in NAMED and isinstance(found[key], str):
+                found[key] = {"name": found[key]}
         except (YAMLError, OmegaConfBaseException) as error:
             raise ZooError(f"override {text!r}: cannot read the value: {_line(error)}") from None
-    return found
+    # A section that is replaced whole comes before what is changed in it.
+    return dict(sorted(found.items(), key=lambda item: item[0] not in NAMED))
 
 
 def _resolve(plain: dict[str, Any], path: Path, changed: dict[str, Any]) -> DictConfig:
@@ -274,6 +279,7 @@ def _resolve(plain: dict[str, Any], path: Path, changed: dict[str, Any]) -> Dict
         if value == "???":
             raise ZooError(f"recipe {path.name}: {key} is missing; it has no default")
     config.attention = canonical(config.attention)
+    models.check_hosted(config.model.name, config.attention)
     OmegaConf.to_object(config.optim)
     module = data_module(config)
     check(config, module.test_names, module.task)

@@ -24,14 +24,14 @@ def parameters(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def flops(model: nn.Module, example: Tensor) -> int:
+def flops(model: nn.Module, *example: Tensor) -> int:
     """Return the floating point operations of a forward pass, as `zoo.flops` counts them.
 
     Args:
         model: The model, in evaluation mode.
-        example: Its input for one sequence or image.
+        example: Its inputs for one sequence or image.
     """
-    return operations.count(lambda: model(example))
+    return operations.count(lambda: model(*example))
 
 
 @torch.no_grad()

@@ -22,9 +22,8 @@ ACCELERATORS = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 MODES = ("max", "min")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
-# What the data decide or the recipe says elsewhere.
-_FROM_DATA = ("vocab_size", "num_outputs", "num_classes", "image_shape")
-_NOT_OPTIONS = (*_FROM_DATA, "name", "attention", "max_len", "device", "dtype")
+# What the recipe says elsewhere.
+_NOT_OPTIONS = ("name", "attention", "max_len", "device", "dtype")
 
 
 @dataclass
@@ -91,7 +90,7 @@ class Recipe:
     Args:
         name: Name of the recipe and, with .yaml, of its file.
         track: Group of tables of the leaderboard.
-        task: language, tagging or classification.
+        task: Name of the task, the same as the data's.
         attention: Specification of the attention.
         seed: Seed of the weights and of the order of the data.
         data: `name` of the data set and its options.
@@ -144,14 +143,15 @@ def model_options(name: str) -> DictConfig:
     Raises:
         ZooError: Unknown name.
     """
-    make = models.factory(name)
+    known = models.info(name)
+    make, hidden = known.make, (*known.facts, *_NOT_OPTIONS)
     target = make.__init__ if inspect.isclass(make) else make
     hints = typing.get_type_hints(target)
     fields: list[Any] = [("name", str, name)]
     for key, parameter in inspect.signature(make).parameters.items():
         if key == "max_len":
             fields.append((key, int | None, None))
-        elif key not in _NOT_OPTIONS:
+        elif key not in hidden:
             default = MISSING if parameter.default is parameter.empty else parameter.default
             fields.append((key, _plain(hints.get(key, Any)), default))
     return OmegaConf.structured(make_dataclass(f"{name}_options", fields))

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from zoo.datasets import DataModule
 from zoo.parts import advance
 from zoo.runs import cost, environment
-from zoo.runs.build import CHECKPOINTS, CONFIG, build_task, example
+from zoo.runs.build import CHECKPOINTS, CONFIG, build_task
 from zoo.runs.callbacks import Bar, Clock, Diverged, Keeper, Progress
 from zoo.runs.checkpoints import LAST, AtomicCheckpointIO, keeper_state, read_checkpoint
 from zoo.runs.config import data_module, identify, settings
@@ -127,6 +127,7 @@ class Training:
             num_sanity_val_steps=0,
             gradient_clip_val=self.config.optim.clip,
             deterministic="warn",
+            inference_mode=False,  # MESH takes gradients inside its forward pass
             logger=CSVLogger(self.folder, name="log"),
             log_every_n_steps=10,
             callbacks=[*callbacks, Bar(self.identity.id)] if bar else callbacks,
@@ -173,11 +174,13 @@ class Training:
         self._facts["peak_memory_bytes"] = cost.peak_memory(root)
         model = task.model.eval()
         weight = next(model.parameters())
-        one = example(data).to(weight.device)
-        one = one.to(weight.dtype) if one.is_floating_point() else one
+        one = [
+            item.to(weight.device, weight.dtype if item.is_floating_point() else item.dtype)
+            for item in data.example()
+        ]
         self._facts["parameters"] = cost.parameters(model)
-        self._facts["flops"] = cost.flops(model, one)
-        self._facts["state_bytes"] = cost.state_bytes(model, one)
+        self._facts["flops"] = cost.flops(model, *one)
+        self._facts["state_bytes"] = cost.state_bytes(model, one[0])
 
     def leave(self, records: str | Path, status: str, error: str | None) -> Record:
         """Write the record.

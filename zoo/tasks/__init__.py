@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from zoo.errors import unknown
-from zoo.tasks.base import Task
+from zoo.tasks.base import Batch, Figures, Task
 from zoo.tasks.classification import ImageClassification
 from zoo.tasks.collapse import CollapseProbe, representation_gap
 from zoo.tasks.language import LanguageModelling
 from zoo.tasks.optim import SCHEDULES, Optim, parameter_groups, schedule
+from zoo.tasks.registry import find, names, task
 from zoo.tasks.regression import Regression
 from zoo.tasks.tagging import TokenTagging
 
 __all__ = [
     "SCHEDULES",
-    "TASKS",
+    "Batch",
     "CollapseProbe",
+    "Figures",
     "ImageClassification",
     "LanguageModelling",
     "Optim",
@@ -22,26 +23,9 @@ __all__ = [
     "Task",
     "TokenTagging",
     "find",
+    "names",
     "parameter_groups",
     "representation_gap",
     "schedule",
+    "task",
 ]
-
-TASKS: dict[str, type[Task]] = {
-    "classification": ImageClassification,
-    "collapse": CollapseProbe,
-    "language": LanguageModelling,
-    "regression": Regression,
-    "tagging": TokenTagging,
-}
-
-
-def find(name: str) -> type[Task]:
-    """Return the task of that name.
-
-    Raises:
-        ZooError: There is none.
-    """
-    if name not in TASKS:
-        raise unknown("task", name, TASKS)
-    return TASKS[name]

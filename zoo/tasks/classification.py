@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.tasks.base import Batch, Figures, Task, mean
+from zoo.tasks.registry import task
 
 
 class ClassificationFigures(Figures):
@@ -26,6 +27,7 @@ class ClassificationFigures(Figures):
         return {"accuracy": self.accuracy.compute(), "loss": self.loss.compute()}
 
 
+@task("classification")
 class ImageClassification(Task):
     """Name the class of an image.
 

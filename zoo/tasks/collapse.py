@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.tasks.base import Batch, Figures, mean
+from zoo.tasks.registry import task
 from zoo.tasks.tagging import TaggingFigures, TokenTagging
 
 
@@ -66,6 +67,7 @@ class CollapseFigures(TaggingFigures):
         }
 
 
+@task("collapse")
 class CollapseProbe(TokenTagging):
     """Predict the target of every marked position, and measure the representation gap.
 

@@ -12,6 +12,7 @@ from torchmetrics.text import Perplexity
 from zoo.datasets.base import IGNORE
 from zoo.tasks.base import Batch, Figures, Task, mean
 from zoo.tasks.optim import Optim
+from zoo.tasks.registry import task
 
 
 class LanguageFigures(Figures):
@@ -46,6 +47,7 @@ class LanguageFigures(Figures):
         }
 
 
+@task("language")
 class LanguageModelling(Task):
     """Predict the next token at every position.
 

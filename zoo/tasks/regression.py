@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import MeanSquaredError, R2Score
 
 from zoo.tasks.base import Batch, Figures, Task
+from zoo.tasks.registry import task
 
 
 def marked(targets: Tensor) -> Tensor:
@@ -37,6 +38,7 @@ class RegressionFigures(Figures):
         return {"mse": mse, "r2": self.r2.compute(), "loss": mse}
 
 
+@task("regression")
 class Regression(Task):
     """Predict the numbers of every marked position.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zoo.datasets.base import IGNORE
 from zoo.tasks.base import Batch, Figures, Task, mean
+from zoo.tasks.registry import task
 
 
 class TaggingFigures(Figures):
@@ -37,6 +38,7 @@ class TaggingFigures(Figures):
         }
 
 
+@task("tagging")
 class TokenTagging(Task):
     """Predict the target of every marked position.
 

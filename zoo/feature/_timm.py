@@ -1,0 +1,47 @@
+"""What the modules that timm provides share; timm is imported when one is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from zoo.errors import ZooError
+
+
+class TimmFeature(nn.Module):
+    """A module of timm on feature maps.
+
+    Args:
+        name: What timm's `get_attn` calls it.
+        channels: Channels C.
+        options: Its arguments.
+
+    Raises:
+        ZooError: There are no channels.
+    """
+
+    kind = "feature"
+
+    def __init__(self, name: str, channels: int, **options: Any) -> None:
+        from timm.layers import get_attn
+
+        super().__init__()
+        if channels < 1:
+            raise ZooError(f"channels={channels!r} must be at least 1")
+        make: Any = get_attn(name)
+        self.inner = make(channels, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the gated map (B, C, H, W)."""
+        return self.inner(x)
+
+
+def check_ratio(rd_ratio: float) -> None:
+    """Refuse a ratio that is none.
+
+    Raises:
+        ZooError: It is not in (0, 1].
+    """
+    if not 0 < rd_ratio <= 1:
+        raise ZooError(f"rd_ratio={rd_ratio!r} must lie in (0, 1]")
