@@ -13,6 +13,8 @@ from zoo.errors import ZooError
 
 BEGIN = "<!-- begin catalogue (python -m zoo.catalogue README.md) -->"
 END = "<!-- end catalogue -->"
+# The trait speaks of token mixers; maps have no padding, slots take a mask of the inputs.
+_MASKS = {"feature": "na", "slots": "keys"}
 
 
 def table() -> str:
@@ -28,7 +30,7 @@ def table() -> str:
             traits = entry.traits
             rows.append(
                 f"| `{name}` | {kind} | {entry.summary} | {source} | {entry.causality} "
-                f"| {traits.mask} | {traits.cost} |"
+                f"| {_MASKS.get(kind, traits.mask)} | {traits.cost} |"
             )
     return "\n".join(rows)
 

@@ -28,7 +28,7 @@ COMMANDS = {
     "claim": "name workers records runs verdict_only quiet",
     "leaderboard": "records output show",
     "sample": "run prompt tokens temperature top_k top_p seed runs",
-    "show": "spec run recipe runs output length heads dim causal seed",
+    "show": "spec run recipe runs output length heads dim causal seed changes",
     "bench": "specs lengths dim heads batch causal causal_baseline threads forward_only core"
     " baseline repeats min_time device dtype give_up output",
     "kernels": "only lengths dtype seconds smoke output",

@@ -233,15 +233,16 @@ def test_show_a_run(zoo_cli: Call, only_line: Call, text_run: Any, tmp_path: Pat
 
 
 def test_a_trained_run_and_an_untrained_model_differ(text_run: Any) -> None:
-    from zoo.cli.models import attention_maps
+    from zoo.cli.models import attention_maps, opened
 
-    trained, tokens, title = attention_maps(None, text_run.id, None, text_run.runs, 6, 0)
-    assert title == "mha on bytes, after 2 steps, first validation example"
+    found, title = opened(None, text_run.id, None, text_run.runs, 0)
+    trained, tokens = attention_maps(found, 6)
+    assert title == "mha on bytes, after 2 steps"
     assert tokens is not None
     assert len(tokens) == 6
     weights = trained["layer 0"]
     assert weights.shape == (2, 6, 6)
-    untrained, same, _ = attention_maps("linear", None, "mqar", text_run.runs, 6, 0)
+    untrained, same = attention_maps(opened("linear", None, "mqar", text_run.runs, 0)[0], 6)
     assert same is not None
     assert all(token.isdigit() for token in same)
     assert untrained["layer 0"].shape[1:] == (6, 6)
@@ -290,3 +291,37 @@ def test_bench_of_what_cannot_be_measured(
         "zoo: error: no figures for 'gru'; the table says why"
     )
     assert (tmp_path / "runs" / "bench" / "mha-gru-d8h2b1-cpu" / "bench.json").is_file()
+
+
+def test_show_gates(
+    zoo_cli: Call, only_line: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["--set", "model=resnet", "--set", "model.width=4", "--set", "model.variant=resnet10t"]
+    for words, name in (
+        (["se", "--dim", 8], "se"),
+        (["eca", "--recipe", "digits", *small], "eca"),
+    ):
+        result = zoo_cli("show", *words)
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / "runs" / "show" / f"{name}.png").is_file()
+    for words, message in (
+        (["se", "--heads", 2], "--heads belongs to token mixers"),
+        (["mha", "--set", "a=b"], "--set a=b: changes belong to --recipe"),
+        (["mha", "--recipe", "digits", "--set", "model=resnet"], "the model 'resnet' hosts"),
+    ):
+        result = zoo_cli("show", *words)
+        assert result.exit_code == 2
+        assert message in only_line(result)
+
+
+def test_a_run_saves_its_pictures(zoo_cli: Call, tmp_path: Path) -> None:
+    words = ["digits", "model=resnet", "attention=eca", "model.width=4", "model.variant=resnet10t"]
+    places = ["--runs", tmp_path / "runs", "--records", tmp_path / "records", "--quiet"]
+    result = zoo_cli("run", *words, "steps=2", "trainer.eval_every=2", *places)
+    assert result.exit_code == 0, result.output
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "pictures" / "gates.png").read_bytes().startswith(b"\x89PNG")
+    picture = tmp_path / "again.png"
+    shown = zoo_cli("show", "--run", folder, "--output", picture)
+    assert shown.stderr == f"wrote {picture}\n"

@@ -113,33 +113,67 @@ def show(
         bool | None, typer.Option(help="Whether a single host is causal; default it is not.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of an untrained host's weights and input.")] = 0,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change of the recipe, such as model=resnet.")
+    ] = None,
 ) -> None:
-    """Draw the attention maps of a host, of a recipe's model or of a trained run."""
+    """Draw attention maps, gates, slots or restored images of a mechanism, recipe or run."""
     from zoo import show as drawing
 
-    tokens: list[str] | None = None
+    name = re.sub(r"[^A-Za-z0-9_.=-]+", "-", Path(run).name if run else spec or str(recipe))
+    path = output or Path("runs/show") / f"{name.strip('-')[:120]}.png"
     if run is None and recipe is None:
         if spec is None:
             raise ZooError("nothing to show; give a specification, --run or --recipe")
-        maps = drawing.host_maps(
-            spec,
-            dim=64 if dim is None else dim,
-            heads=4 if heads is None else heads,
-            length=32 if length is None else length,
-            causal=bool(causal),
-            seed=seed,
-        )
-        title = f"{spec}, untrained, random input{', causal' if causal else ''}"
+        if changes:
+            raise ZooError(f"--set {changes[0]}: changes belong to --recipe")
+        paths = [_show_single(spec, path, length, heads, dim, causal, seed)]
     else:
         if run is not None and recipe is not None:
             raise ZooError("--run and --recipe are two models; give one of them")
-        for name, value in (("heads", heads), ("dim", dim), ("causal", causal)):
+        for option, value in (("heads", heads), ("dim", dim), ("causal", causal)):
             if value is not None:
-                raise ZooError(f"--{name} belongs to a single host; a run or recipe sets its own")
-        from zoo.cli.models import attention_maps
+                raise ZooError(f"--{option} belongs to a single host; a run or recipe sets its own")
+        from zoo.cli.models import attention_maps, opened, saved_pictures
 
-        maps, tokens, title = attention_maps(spec, run, recipe, runs, length, seed)
-    figure = drawing.draw(maps, title=title, tokens=tokens)
-    name = re.sub(r"[^A-Za-z0-9_.=-]+", "-", Path(run).name if run else spec or str(recipe))
-    path = drawing.save_figure(figure, output or Path("runs/show") / f"{name.strip('-')[:120]}.png")
-    notes().print(f"wrote {path}", soft_wrap=True)
+        found, title = opened(spec, run, recipe, runs, seed, changes or [])
+        paths = [] if length is not None else saved_pictures(found, path)
+        if not paths:
+            maps, tokens = attention_maps(found, length)
+            figure = drawing.draw(maps, title=f"{title}, first validation example", tokens=tokens)
+            paths = [drawing.save_figure(figure, path)]
+    for path in paths:
+        notes().print(f"wrote {path}", soft_wrap=True)
+
+
+def _show_single(
+    spec: str,
+    path: Path,
+    length: int | None,
+    heads: int | None,
+    dim: int | None,
+    causal: bool | None,
+    seed: int,
+) -> Path:
+    """Draw one untrained mechanism."""
+    from zoo import show as drawing
+    from zoo.spec import parse
+
+    kind = parse(spec)[0].entry.kind
+    if kind in ("feature", "slots"):
+        from zoo.pictures import module_figure
+
+        for option, value in (("heads", heads), ("length", length), ("causal", causal)):
+            if value is not None:
+                raise ZooError(f"--{option} belongs to token mixers; {spec!r} is of kind {kind!r}")
+        return drawing.save_figure(module_figure(spec, channels=dim or 64, seed=seed), path)
+    maps = drawing.host_maps(
+        spec,
+        dim=64 if dim is None else dim,
+        heads=4 if heads is None else heads,
+        length=32 if length is None else length,
+        causal=bool(causal),
+        seed=seed,
+    )
+    title = f"{spec}, untrained, random input{', causal' if causal else ''}"
+    return drawing.save_figure(drawing.draw(maps, title=title), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from zoo.errors import ZooError, unknown
 from zoo.runs.build import CONFIG, Restored, build_task, restore
 from zoo.runs.config import data_module, load
-from zoo.show import maps, visible
+from zoo.runs.training import task_pictures
+from zoo.show import maps, save_figure, visible
 from zoo.spec import canonical
 
 
@@ -32,41 +34,82 @@ def run_folder(name: str, runs: Path) -> Path:
     raise unknown(f"run in the folder {str(runs)!r}", name, known)
 
 
-def attention_maps(
-    spec: str | None, run: str | None, recipe: str | None, runs: Path, length: int | None, seed: int
-) -> tuple[dict[str, Tensor], list[str] | None, str]:
-    """Maps of a recipe's untrained model or of a trained run on its first validation example.
+def opened(
+    spec: str | None,
+    run: str | None,
+    recipe: str | None,
+    runs: Path,
+    seed: int,
+    overrides: Sequence[str] = (),
+) -> tuple[Restored, str]:
+    """Open a recipe's untrained model or a trained run.
 
     Args:
         spec: Attention of the recipe's model, or None for the recipe's own.
         run: Folder or id of a run, or None.
         recipe: Name or path of a recipe, or None.
         runs: Folder of the runs.
-        length: Longest piece of the example, or None for all of it.
         seed: Of the weights of an untrained model.
+        overrides: Changes of a recipe as ``key=value``.
 
     Returns:
-        The maps, the tokens as text (None where there is no text) and a title.
+        The model with its data, and a title.
 
     Raises:
         ZooError: There is no such run or recipe, or it is another than `spec` says.
     """
     if run is not None:
+        if overrides:
+            raise ZooError(f"--set {overrides[0]}: changes belong to --recipe")
         found = restore(run_folder(run, runs))
         held = found.config.attention
         if spec is not None and canonical(spec) != held:
             raise ZooError(f"the run {run!r} has attention {held!r}, not {spec!r}")
         state = f"after {found.step} steps"
     else:
-        config = load(str(recipe), [] if spec is None else [f"attention={spec}"])
+        asked = [] if spec is None else [f"attention={spec}"]
+        config = load(str(recipe), [*asked, *overrides])
         data = data_module(config)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             found = Restored(config, data, build_task(config, data), 0)
         held, state = config.attention, "untrained"
+    return found, f"{held} on {found.config.name}, {state}"
+
+
+def attention_maps(
+    found: Restored, length: int | None
+) -> tuple[dict[str, Tensor], list[str] | None]:
+    """Maps of a model on its first validation example.
+
+    Args:
+        found: The model with its data.
+        length: Longest piece of the example, or None for all of it.
+
+    Returns:
+        The maps, and the tokens as text (None where there is no text).
+    """
     tokens, inputs = _example(found.data, length)
-    title = f"{held} on {found.config.name}, {state}, first validation example"
-    return maps(found.task.model, inputs), tokens, title
+    return maps(found.task.model, inputs), tokens
+
+
+def saved_pictures(found: Restored, output: Path) -> list[Path]:
+    """Save what the task draws of its first validation batch.
+
+    Args:
+        found: The model with its data.
+        output: The file; with several pictures, each has its name before the ending.
+
+    Returns:
+        The files, none of a task that draws nothing for this model.
+    """
+    figures = task_pictures(found.task, found.data)
+    if len(figures) == 1:
+        return [save_figure(figure, output) for figure in figures.values()]
+    return [
+        save_figure(figure, output.with_stem(f"{output.stem}-{name}"))
+        for name, figure in figures.items()
+    ]
 
 
 def _example(data: Any, length: int | None) -> tuple[list[str] | None, Tensor]:

@@ -124,4 +124,7 @@ def _go(config: DictConfig, folder: Path, records: str | Path, *, bar: bool) -> 
             where = error.filename or folder
             raise ZooError(f"{where}: {error.strerror or error}") from error
         raise
-    return training.leave(records, status, message)
+    record = training.leave(records, status, message)
+    if status == "finished":  # after the record, which no picture can cost
+        training.draw()
+    return record

@@ -14,6 +14,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from zoo.datasets import DataModule
@@ -26,9 +27,32 @@ from zoo.runs.config import data_module, identify, settings
 from zoo.runs.records import Record, replace_text, write
 from zoo.runs.schema import accelerator
 from zoo.runs.setting import setting
+from zoo.show import save_figure
 from zoo.tasks import Task
 
+PICTURES = "pictures"
 _TERMINATED = 128 + 15  # what a shell reports of a process that SIGTERM ended
+
+
+def task_pictures(task: Task, data: DataModule) -> dict[str, Figure]:
+    """Let a task draw its first validation batch.
+
+    Args:
+        task: The task with its model.
+        data: Its data.
+    """
+    data.setup()
+    batch = next(iter(data.val_dataloader()))
+    weight = next(task.model.parameters())
+    batch = {key: value.to(weight.device) for key, value in batch.items()}
+    was_training = task.training
+    task.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return task.pictures(batch)
+    finally:
+        task.train(was_training)
 
 
 @contextmanager
@@ -59,6 +83,7 @@ class Training:
     _data: DataModule | None = None
     _facts: dict[str, Any] = field(default_factory=dict)
     _main: bool = True
+    _task: Task | None = None
 
     def __post_init__(self) -> None:
         self.identity = identify(self.config)
@@ -109,6 +134,19 @@ class Training:
                 self._measure(trainer, task, data)
                 raise
             self._measure(trainer, task, data)
+        self._task = task
+
+    def draw(self) -> list[Path]:
+        """Save the pictures of the best checkpoint on validation examples, once it has run.
+
+        Returns:
+            The files, none of a task without pictures.
+        """
+        if self._task is None or self._data is None or not self._main:
+            return []
+        found = task_pictures(self._task, self._data)
+        folder = self.folder / PICTURES
+        return [save_figure(figure, folder / f"{name}.png") for name, figure in found.items()]
 
     def _trainer(self, bar: bool) -> Trainer:
         given = self.config.trainer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning import LightningModule
@@ -13,13 +13,16 @@ from torchmetrics import MeanMetric, Metric
 from zoo.collect import auxiliary_losses
 from zoo.tasks.optim import Optim, parameter_groups, schedule
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Batch = dict[str, Tensor]
 
 
 class Figures(nn.Module):
     """The metrics of one split."""
 
-    def update(self, logits: Tensor, batch: Batch) -> None:
+    def update(self, logits: Any, batch: Batch) -> None:
         """Take in a batch."""
         raise NotImplementedError
 
@@ -74,13 +77,21 @@ class Task(LightningModule):
         """Return fresh metrics for a split."""
         raise NotImplementedError
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Batch) -> Any:
         """Run the model."""
         raise NotImplementedError
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def loss(self, logits: Any, batch: Batch) -> Tensor:
         """Return the mean loss of a batch."""
         raise NotImplementedError
+
+    def pictures(self, batch: Batch) -> dict[str, Figure]:
+        """Draw what the model does on a batch, by name; a run saves them at its end.
+
+        Args:
+            batch: A batch of validation, in evaluation mode and without gradients.
+        """
+        return {}
 
     def take(self, index: int, batch: Batch) -> None:
         """Take a batch into the figures of a split.

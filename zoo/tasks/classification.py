@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.tasks.base import Batch, Figures, Task, mean
 from zoo.tasks.registry import task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class ClassificationFigures(Figures):
@@ -47,6 +52,14 @@ class ImageClassification(Task):
     def logits(self, batch: Batch) -> Tensor:
         """Return (B, classes)."""
         return self.model(batch["image"])
+
+    def pictures(self, batch: Batch) -> dict[str, Figure]:
+        """Draw the gates of modules on feature maps, where the model has any."""
+        from zoo.pictures import feature_modules, gate_figure
+
+        if not feature_modules(self.model):
+            return {}
+        return {"gates": gate_figure(self.model, batch["image"], title="gates over the input")}
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the mean cross-entropy."""
