@@ -195,7 +195,7 @@ def rasm(
             _whole("image_shape: side", side, DOWN)
         sides = [[-(-side // DOWN) * DOWN >> n for side in image_shape[1:]] for n in range(4)]
         grids = [(sides[n][0], sides[n][1]) for n in (0, 1, 2, 3, 2, 1, 0)]
-    rates = _rates(layers[:3], drop_path) + [[drop_path] * layers[3]]
+    rates = [*_rates(layers[:3], drop_path), [drop_path] * layers[3]]
     rates += [level[::-1] for level in _rates(layers[:3:-1], drop_path)[::-1]]
     blocks = []
     for n, (dim, depth) in enumerate(zip(dims, layers, strict=True)):

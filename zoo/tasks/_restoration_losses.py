@@ -140,14 +140,21 @@ def vgg19_features(pretrained: bool = True) -> nn.Sequential:
     """
     import timm
 
+    if not pretrained:  # the classifier is most of the network, and need not be of its size
+        small = timm.create_model("vgg19", pretrained=False, mlp_ratio=1 / 4096)
+        return _convolutions(small)
     try:
-        vgg = timm.create_model("vgg19.tv_in1k", pretrained=pretrained)
+        vgg = timm.create_model("vgg19.tv_in1k", pretrained=True)
     except Exception as error:
         raise ZooError(
             "the weights of VGG-19 (vgg19.tv_in1k) are neither in the hub's cache nor can they be "
             f"downloaded ({type(error).__name__}); train without the perceptual loss, or take "
             "vgg19_features(pretrained=False)"
         ) from error
+    return _convolutions(vgg)
+
+
+def _convolutions(vgg: nn.Module) -> nn.Sequential:
     features = vgg.features
     assert isinstance(features, nn.Sequential)
     return features
