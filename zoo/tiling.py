@@ -125,4 +125,5 @@ def tiled(
                 out[..., top:bottom, left:right] += weights * y
                 total[top:bottom, left:right] += weights
     assert out is not None
+    assert total is not None
     return out / total

@@ -16,6 +16,7 @@ from zoo import models
 from zoo.feature.regional import RegionalAttention
 from zoo.models._rasm_blocks import CAB, ChannelAttention, OnTokens, RASMBlock
 from zoo.models.rasm import RASM, from_official, rasm
+from zoo.normalize.differential import initial_lambda
 from zoo.tasks._restoration_losses import charbonnier
 from zoo.tiling import tiled
 
@@ -178,6 +179,9 @@ def test_other_attention_gets_heads_and_the_grid_of_its_level():
     assert [m.select.grid for m in found] == [(6, 8), (3, 4), (6, 8)]
     assert [m.heads for m in found] == [4, 16, 8]
     assert isinstance(net.levels[2][0].attn, OnTokens)
+    net = tiny(attention="differential", depths=(1, 1, 2, 1, 1, 1, 1))
+    lambdas = [b.attn.mixer.normalize.lambda_init for x in net.levels for b in x if b.attn]
+    assert lambdas == [initial_lambda(n) for n in range(4)]
     assert tiny(attention="regional(heads=2)").levels[3][0].attn.heads == 2
 
 

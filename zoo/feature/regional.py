@@ -245,7 +245,9 @@ class RegionalAttention(nn.Module):
                 key_bias=key_bias, dropout=dropout,
             )  # fmt: skip
         y = neighborhood_attention(
-            *(x.flatten(2, 3) for x in (q, k, v)),
+            q.flatten(2, 3),
+            k.flatten(2, 3),
+            v.flatten(2, 3),
             shape=tuple(q.shape[2:4]),
             kernel_size=self.kernel,
             dilation=self.dilation,

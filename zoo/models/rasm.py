@@ -23,6 +23,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,8 +95,10 @@ class RASM(nn.Module):
         masks = [x[:, 3:]]
         for _ in self.down:
             masks.append(F.max_pool2d(masks[-1], 2))
-        x, kept = F.leaky_relu(self.input_proj(x)), []
+        x = F.leaky_relu(self.input_proj(x))
+        kept: list[Tensor] = []
         for n, level in enumerate(self.levels):
+            assert isinstance(level, nn.ModuleList)
             if n > len(self.down):
                 x = self.up[n - len(self.down) - 1](x)
                 x = torch.cat([x, kept.pop()], 1)
@@ -203,11 +206,14 @@ def rasm(
         for i in range(depth):
             attn = None
             if attention is not None and n in ATTENDING:
-                attn = _attention(attention, dim, heads[ATTENDING.index(n)], grids[n], i, depth)
+                before = sum(layers[m] for m in ATTENDING if m < n)
+                place = before + i, sum(layers[m] for m in ATTENDING)
+                attn = _attention(attention, dim, heads[ATTENDING.index(n)], grids[n], place)
             level.append(RASMBlock(dim, attn, mlp_ratio, rates[n][i]))
         blocks.append(level)
     net = RASM(width, blocks)
-    tie_layers(net)
+    for module in net.levels:  # one by one: levels differ in their widths
+        tie_layers(module)
     return net
 
 
@@ -220,32 +226,32 @@ def _rates(depths: Sequence[int], top: float) -> list[list[float]]:
 
 
 def _attention(
-    spec: str, dim: int, heads: int, grid: tuple[int, int] | None, depth: int, layers: int
+    spec: str, dim: int, heads: int, grid: tuple[int, int] | None, place: tuple[int, int]
 ) -> nn.Module:
-    """Attention of a layer, from map to map."""
+    """Attention of a layer, from map to map; `place` is its index among those that attend."""
     if not isinstance(spec, str):
         raise ZooError(f"attention={spec!r} must be a specification such as 'regional', or None")
     parts = parse(spec)
     kind = parts[0].entry.kind
     if kind == "feature":
         part = parts[0]
-        told = {"heads": heads} if "heads" in part.entry.options else {}
-        return create(part.name, dim, **{**told, **part.options})
+        known = {"heads": heads} if "heads" in part.entry.options else {}
+        return create(part.name, dim, **{**known, **part.options})
     if kind not in (*SOCKETS, "mixer"):
         raise ZooError(
             f"attention={spec!r} is of kind {kind!r}; allowed: mechanisms on feature maps, and "
             "token mixers"
         )
-    facts = {"heads": heads, "bias": True, "depth": depth, "layers": layers}
+    facts = {"heads": heads, "bias": True, "depth": place[0], "layers": place[1]}
     full = []
     for part in parts:
-        told = {}
+        told: dict[str, Any] = {}
         if "grid" in part.entry.options and "grid" not in part.options and grid is not None:
             told = {"grid": grid}
         full.append(PartSpec(part.name, {**told, **part.options}))
     if kind == "mixer":
-        known = inspect.signature(parts[0].entry.cls).parameters
-        facts = {name: value for name, value in facts.items() if name in known}
+        wanted = inspect.signature(parts[0].entry.cls).parameters
+        facts = {name: value for name, value in facts.items() if name in wanted}
     return OnTokens(create("+".join(map(str, full)), dim, **facts))
 
 

@@ -349,10 +349,10 @@ def halo_attention(
         hidden = hidden if key_bias is None else hidden + key_bias.detach()
         hidden = hidden if mask is None else hidden.masked_fill(~mask, -torch.inf)
         hidden = hidden[:, None].expand(-1, heads, -1)
-    table, given = None, (q, k, v, hidden)
+    table, given = None, [q, k, v, hidden]
     if rpb is not None:  # the samples of a head, which share its table, follow one another
         table = rpb.flatten(1)
-        given = tuple(None if x is None else x.transpose(0, 1) for x in given)
+        given = [None if x is None else x.transpose(0, 1) for x in given]
     flat = [None if x is None else x.to(wide).flatten(0, 1).contiguous() for x in given]
     size = tuple(shape), tuple(windows), samples * heads
     plan = make_plan(*size, wide, q.device, sizes, relative=rpb is not None)

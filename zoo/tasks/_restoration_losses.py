@@ -100,7 +100,7 @@ class Perceptual(nn.Module):
         parts = (features[a:b] for a, b in zip(starts, layers, strict=True))
         self.parts = nn.ModuleList(parts)
         for module in self.modules():
-            if getattr(module, "inplace", False):
+            if isinstance(module, nn.ReLU):
                 module.inplace = False  # the layer before is compared as well
         self.requires_grad_(False)
         for name, values in (("mean", MEAN), ("std", STD)):
