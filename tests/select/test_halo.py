@@ -290,3 +290,10 @@ def test_derivatives_of_a_table_against_finite_differences():
     assert torch.autograd.gradgradcheck(run, [*inputs, table], fast_mode=True)
     y = run(*(x.detach() for x in inputs), table)[0]
     assert torch.autograd.grad(y.square().sum(), table)[0].any()  # the table alone
+
+
+@pytest.mark.parametrize(("width", "of_values"), [(16, 33), (40, 1), (7, 16)])
+def test_wide_and_narrow_heads(width, of_values):
+    """Products are laid out the one way or the other by the width."""
+    inputs = [draw(2, 2, 99, n, seed=i) for i, n in enumerate((width, width, of_values))]
+    check([x.requires_grad_() for x in inputs], (9, 11), (ODD, ODD), sizes=(4, 4))

@@ -228,7 +228,7 @@ class RegionalAttention(nn.Module):
         least = self.kernel * self.dilation
         room = (0, max(0, least - width), 0, max(0, least - height))
         key_bias = self._key_bias(x, mask)
-        maps = F.pad(x, room).permute(0, 2, 3, 1)  # (B, H', W', C)
+        maps = (F.pad(x, room) if any(room) else x).permute(0, 2, 3, 1)  # (B, H', W', C)
         if key_bias is not None:
             key_bias = F.pad(key_bias, room, value=float(self.key_mask_bias or 0.0))
         heads = self.qkv(maps).unflatten(-1, (3, self.heads, -1))

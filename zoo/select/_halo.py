@@ -29,6 +29,9 @@ from zoo.select._halo_strips import Room, plain
 from zoo.select._halo_table import Table
 
 LOG2_E = math.log2(math.e)
+# Matrix products of fewer columns are up to four times as fast the other way round on a CPU, where
+# their number is no multiple of 16.
+NARROW = 32
 
 
 class _Pass:
@@ -122,6 +125,9 @@ class _Pass:
 
     def product(self, index: int, a: Tensor, b: Tensor) -> Tensor:
         """Batched matrix product in the memory of this number."""
+        if b.shape[2] < NARROW and b.shape[2] % 16:
+            out = self.buffer(index, a.shape[0], b.shape[2], a.shape[1])
+            return torch.bmm(b.mT, a.mT, out=out).mT
         return torch.bmm(a, b, out=self.buffer(index, a.shape[0], a.shape[1], b.shape[2]))
 
     def start(self, tile: Tensor, mask: Tensor, hidden: Tensor | None, logs: Tensor | None) -> None:
