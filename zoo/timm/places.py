@@ -95,8 +95,10 @@ def swap_features(
     """
     every = places(model)
     if not every:
+        first: Any = spec.get("default") if isinstance(spec, Mapping) else spec
+        name = first if isinstance(first, str | type) else first[0]
         raise ZooError(
-            f"{spec!r} is of kind 'feature', but {type(model).__name__} has no place for a module "
+            f"{name!r} is of kind 'feature', but {type(model).__name__} has no place for a module "
             f"on feature maps; swap puts them into the blocks of timm's {HOSTS} (when those are "
             "made: zoo.timm.feature), and token mixers into ViT and Swin"
         )

@@ -42,7 +42,7 @@ class RelPosAttention(relpos.RelPosAttention):
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """Mix x (B, N, C) with the layer's own bias, or else the one that layers share."""
         bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
-        return self.inner.attend(x, None, bias)
+        return self.inner.attend(x, None, _rank4(bias))
 
 
 class BeitAttention(beit.Attention):
@@ -71,7 +71,12 @@ class BeitAttention(beit.Attention):
         if self.relative_position_bias_table is not None:
             own = self._get_rel_pos_bias()
             bias = own if bias is None else own + bias
-        return self.inner.attend(x, None, bias)
+        return self.inner.attend(x, None, _rank4(bias))
+
+
+def _rank4(bias: Tensor | None) -> Tensor | None:
+    """(H, N, N), as shared tables give it, to (1, H, N, N)."""
+    return bias[None] if bias is not None and bias.ndim == 3 else bias
 
 
 class RotaryAttention(nn.Module):
