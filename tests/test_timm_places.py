@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from timm.models import res2net, resnet, senet, sknet
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm_models import Gate, Neutral, Shrink, a_resnet, a_swin, a_vit, registered, rough
 from torch import nn
 from torch.testing import assert_close
@@ -41,10 +42,10 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "regnet": (lambda: timm.create_model("regnetx_002", num_classes=5), 13, 0),
     "efficientnet": (lambda: timm.create_model("efficientnet_b0", num_classes=5), 16, 16),
     "efficientnet lite": (lambda: timm.create_model("efficientnet_lite0", num_classes=5), 16, 0),
-    "edge": (lambda: timm.create_model("efficientnet_es", num_classes=5), 19, 0),
+    "edge": (lambda: timm.create_model("efficientnet_es", num_classes=5), 18, 0),
     "mobilenet v2": (lambda: timm.create_model("mobilenetv2_050", num_classes=5), 17, 0),
     "mobilenet v3": (lambda: timm.create_model("mobilenetv3_small_050", num_classes=5), 11, 9),
-    "mobilenet v4": (lambda: timm.create_model("mobilenetv4_conv_small_050", num_classes=5), 14, 0),
+    "mobilenet v4": (lambda: timm.create_model("mobilenetv4_conv_small_050", num_classes=5), 12, 0),
 }
 
 
@@ -52,6 +53,9 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 def test_gates_are_replaced_or_put_into_every_block(case: str) -> None:
     make, blocks, gated = NETS[case]
     model = make().eval()
+    for norm in model.modules():  # timm starts some branches at zero, where no gate would show
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.ones_(norm.weight)
     assert len(places(model)) == blocks
     assert len([p for p in places(model) if p.module is not None]) == gated
     old = {k: v for k, v in model.state_dict().items() if ".se" not in k}
@@ -115,7 +119,7 @@ def test_a_gate_of_the_same_kind_keeps_its_weights() -> None:
 
 def test_layouts_lists_classes_and_options() -> None:
     model = a_resnet(None)
-    report = zoo.swap(model, "cbam(kernel_size=3)", layers={"first": "identity"}, rd_ratio=0.5)
+    report = zoo.swap(model, "cbam(kernel_size=3)", layers={"first": "identity"})
     assert [layer.spec for layer in report] == ["identity", *["cbam(kernel_size=3)"] * 3]
     report = zoo.swap(model, ["se", "eca", Gate, "gc"])
     assert [layer.spec for layer in report] == ["se", "eca", "Gate", "gc"]
@@ -123,7 +127,7 @@ def test_layouts_lists_classes_and_options() -> None:
     assert model.layer4[0].se.slope == 2.0
     with pytest.raises(ZooError, match="one entry for each of the 4 places"):
         zoo.swap(model, ["se"])
-    with pytest.raises(ZooError, match="layers=.+ goes with one name"):
+    with pytest.raises(ZooError, match=r"layers=.+ goes with one name"):
         zoo.swap(model, ["se"] * 4, layers={"first": "eca"})
 
 
@@ -149,8 +153,8 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         "ConvNeXt has no place for a module on feature maps",
     ),
     "swin v2": (
-        bad(timm.create_model("swinv2_cr_tiny_224", depths=(1, 1, 1, 1)), "mha"),
-        r"attention of block 0 is WindowMultiHeadAttention of timm\.models\.swin_transformer_v2_cr",
+        bad(SwinTransformerV2(img_size=16, patch_size=2, depths=(1,), num_heads=(3,)), "mha"),
+        r"attention of block 0 is WindowAttention of timm\.models\.swin_transformer_v2, which",
     ),
     "one layer for all": (
         bad(

@@ -92,14 +92,14 @@ def swin(
     for name, rate in rates.items():
         check_rate(name, rate)
     made = SwinTransformer(
-        img_size=(height, width),  # type: ignore[arg-type]
+        img_size=(height, width),
         patch_size=patch,
         in_chans=channels,
         num_classes=num_classes,
         embed_dim=dim,
         depths=tuple(depths),
         num_heads=tuple(counts),
-        window_size=sides,  # type: ignore[arg-type]
+        window_size=sides,
         mlp_ratio=mlp_ratio,
         qkv_bias=bias,
         drop_rate=dropout,

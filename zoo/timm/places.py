@@ -118,7 +118,7 @@ def swap_features(
             )
     new, said = [], []
     for place, given in zip(chosen, specs, strict=True):
-        made = {"device": place.weight.device, "dtype": place.weight.dtype}
+        made: dict[str, Any] = {"device": place.weight.device, "dtype": place.weight.dtype}
         module = feature(given, **options)(place.channels, **made)
         init_special(module)
         same = copy and _alike(place.module, module)
@@ -182,7 +182,7 @@ def check_maps(model: nn.Module, image_shape: Sequence[int]) -> None:
                 )
             return y
 
-        module.forward = run  # type: ignore[method-assign]
+        module.forward = run
         return lambda: module.__dict__.pop("forward")
 
     try:

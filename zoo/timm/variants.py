@@ -41,7 +41,8 @@ class RelPosAttention(relpos.RelPosAttention):
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """Mix x (B, N, C) with the layer's own bias, or else the one that layers share."""
-        bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
+        rel_pos: Any = self.rel_pos
+        bias = shared_rel_pos if rel_pos is None else rel_pos.get_bias()
         return self.inner.attend(x, None, _rank4(bias))
 
 
@@ -56,7 +57,8 @@ class BeitAttention(beit.Attention):
     def __init__(self, old: beit.Attention, inner: TokenAttention) -> None:
         nn.Module.__init__(self)
         self.num_heads = old.num_heads
-        self.q_bias = self.k_bias = self.v_bias = None  # what `reset_parameters` looks at
+        for name in ("q_bias", "k_bias", "v_bias"):  # what `reset_parameters` looks at
+            setattr(self, name, None)
         self.window_size = old.window_size
         self.relative_position_bias_table = old.relative_position_bias_table
         if old.window_size is not None:
@@ -123,14 +125,14 @@ class GivenRope(Position):
 
     Args:
         prefix: Tokens in front that are not turned.
-        half: Pairs are (i, i + D / 2) instead of neighbours.
+        rotate_half: Pairs are (i, i + D / 2) instead of neighbours.
     """
 
     rotates = True
 
-    def __init__(self, prefix: int = 0, half: bool = False) -> None:
+    def __init__(self, prefix: int = 0, rotate_half: bool = False) -> None:
         super().__init__()
-        self.prefix, self.half = prefix, half
+        self.prefix, self.rotate_half = prefix, rotate_half
         self.table: Tensor | None = None
 
     def rotate(self, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +142,7 @@ class GivenRope(Position):
     def _turn(self, x: Tensor) -> Tensor:
         if self.table is None:
             return x
-        turned = apply_rot_embed_cat(x[:, :, self.prefix :], self.table, half=self.half)
+        turned = apply_rot_embed_cat(x[:, :, self.prefix :], self.table, half=self.rotate_half)
         if not self.prefix:
             return turned.type_as(x)
         return torch.cat([x[:, :, : self.prefix], turned.type_as(x)], 2)
@@ -152,6 +154,8 @@ def rotary_spec(spec: str, model: Any, old: Any) -> str:
     Raises:
         CompatibilityError: The mixer has no queries and keys, or a position of its own.
     """
+    prefix: int
+    half: bool
     parts = parse(spec)
     if parts[0].entry.kind not in SOCKETS:
         raise CompatibilityError(
@@ -165,11 +169,11 @@ def rotary_spec(spec: str, model: Any, old: Any) -> str:
             "leave the position out of the spec"
         )
     if isinstance(old, RotaryAttention):
-        told = old.inner.mixer.position  # type: ignore[union-attr]
-        prefix, half = told.prefix, told.half
+        told = old.inner.mixer.position
+        prefix, half = told.prefix, told.rotate_half
     else:
         prefix, half = old.num_prefix_tokens, getattr(old, "rotate_half", False)
-    return f"{spec}+{__name__}:GivenRope(prefix={prefix}, half={half})"
+    return f"{spec}+{__name__}:GivenRope(prefix={prefix}, rotate_half={half})"
 
 
 def check_rotary(attn: TokenAttention, model: Any) -> None:

@@ -36,7 +36,6 @@ class Common:
     Args:
         heads: Projections by the names q, k and v; views of the parameters.
         modules: Norms of q and k and the output projection, by name.
-        names: Parameter of each item, as the layer calls it.
     """
 
     heads: dict[str, Heads] = field(default_factory=dict)
@@ -151,10 +150,10 @@ def fresh(new: TokenAttention, taken: list[str]) -> list[str]:
             covered |= {id(p): "" for p in module.parameters()}
     left = [name for name in known.heads if name not in taken]
     if known.heads:
-        qkv = new.mixer.project.qkv  # type: ignore[union-attr]
+        mixer: Any = new.mixer
         rest = f" ({', '.join(left)})" if 0 < len(left) < len(known.heads) else ""
         if len(left) < len(known.heads):
-            covered |= {id(p): rest for p in qkv.parameters()}
+            covered |= {id(p): rest for p in mixer.project.qkv.parameters()}
     names = []
     for name, parameter in new.named_parameters():
         said = covered.get(id(parameter), None)
