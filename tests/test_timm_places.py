@@ -209,6 +209,19 @@ def test_parallel_layers_of_a_vit_are_found() -> None:
     assert_close(model(x), wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_a_vit_on_a_resnet_takes_either_kind() -> None:
+    sizes = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = rough(timm.create_model("vit_small_resnet26d_224", **sizes).eval())
+    x = torch.randn(2, 3, 64, 64)
+    wanted = model(x)
+    assert len(zoo.swap(model, "mha+rope")) == 2
+    assert model.blocks[0].attn.mixer.position.grid == (2, 2)
+    zoo.swap(model, "mha")
+    assert_close(model(x), wanted, atol=1e-4, rtol=1e-4)
+    assert len(zoo.swap(model, "eca")) == 8
+    assert model(x).shape == (2, 5)
+
+
 def test_maps_can_be_checked_before_training() -> None:
     with registered("test_shrink", "feature", Shrink):
         model = a_resnet(None).train()

@@ -141,7 +141,8 @@ def _slots(model: nn.Module, spec: object) -> list[tuple[str, Any]]:
             found += [(f"{name}.attns.{i}.attn", b) for i, b in enumerate(block.attns)]
         else:
             found.append((f"{name}.attn", block))
-    if not found or places(model):
+    attentive = any(isinstance(getattr(b, "attn", None), nn.Module) for _, b in found)
+    if not found or (places(model) and not attentive):
         raise ZooError(
             f"{type(model).__name__} has no blocks with attention that {spec!r} could replace; "
             "swap puts token mixers into timm's VisionTransformer, VisionTransformerRelPos, Beit, "

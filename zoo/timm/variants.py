@@ -154,8 +154,6 @@ def rotary_spec(spec: str, model: Any, old: Any) -> str:
     Raises:
         CompatibilityError: The mixer has no queries and keys, or a position of its own.
     """
-    prefix: int
-    half: bool
     parts = parse(spec)
     if parts[0].entry.kind not in SOCKETS:
         raise CompatibilityError(
@@ -169,7 +167,7 @@ def rotary_spec(spec: str, model: Any, old: Any) -> str:
             "leave the position out of the spec"
         )
     if isinstance(old, RotaryAttention):
-        told = old.inner.mixer.position
+        told: Any = old.inner.mixer.position
         prefix, half = told.prefix, told.rotate_half
     else:
         prefix, half = old.num_prefix_tokens, getattr(old, "rotate_half", False)
