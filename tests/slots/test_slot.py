@@ -178,7 +178,7 @@ def test_random_slots_have_the_learned_mean_and_deviation():
     with torch.no_grad():
         module.slots_mu.fill_(2.0)
         module.slots_log_sigma.fill_(math.log(3.0))
-    start = module.start(2, draw(1), torch.Generator().manual_seed(0))
+    start = module.start(2, draw(1), torch.Generator().manual_seed(0)).detach()
     assert float(start.mean()) == pytest.approx(2, abs=0.05)
     assert float(start.std()) == pytest.approx(3, abs=0.05)
 
