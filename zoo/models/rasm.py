@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.factory import create
-from zoo.models import model
+from zoo.models import TOKEN_MIXERS, model
 from zoo.models._rasm_blocks import OnTokens, RASMBlock
 from zoo.parts import tie_layers
 from zoo.registry import SOCKETS
@@ -144,7 +144,7 @@ def _check(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return image, mask.to(image.dtype)
 
 
-@model("rasm")
+@model("rasm", kinds=("feature", *TOKEN_MIXERS))
 def rasm(
     attention: str | None = "regional",
     *,
@@ -160,7 +160,7 @@ def rasm(
     Args:
         attention: What the three inner levels attend with. A mechanism of kind "feature"
             (``"regional(kernel=7)"``), any token mixer on the pixels of a level (``"mha"`` is
-            global attention), or None for channel attention only.
+            global attention), or None (in recipes ``"identity"``) for channel attention only.
         image_shape: Channels (3, or 4 with the mask), height and width. Only parts on a grid
             (``"neighborhood(kernel=8, stride=8)"`` for windows) need it; the network then takes
             images of this size only.
@@ -175,6 +175,8 @@ def rasm(
         ZooError: A size does not fit, or a name or option is unknown.
         CompatibilityError: Parts that cannot work together.
     """
+    if attention == "identity":
+        attention = None
     _whole("width", width)
     layers = list(depths) if isinstance(depths, Sequence) else [depths] * 7
     if len(layers) != 7:
