@@ -109,7 +109,7 @@ CONTRACTS = {
     "shape": Contract(check_shape, _run),
     "gradients": Contract(check_gradients, _run),
     "batch": Contract(check_batch, _run),
-    "gradcheck": Contract(check_gradcheck, _run),
+    "gradcheck": Contract(check_gradcheck, lambda b: _run(b) and b.traits.gradient),
     "half": Contract(check_half, _run),
     "large": Contract(check_large, _run),
     "compile": Contract(check_compile, lambda b: _run(b) and b.traits.compile),

@@ -86,7 +86,7 @@ class Build:
         names = ("causal", "bidirectional", "cross", "bias", "decode", "weights", "grouped")
         flags = {
             name: all(getattr(t, name) for t in found)
-            for name in (*names, "packed", "equivariant", "compile")
+            for name in (*names, "packed", "equivariant", "compile", "gradient")
         }
         return Traits(**flags, mask=max((t.mask for t in found), key=masks.index))
 

@@ -44,8 +44,8 @@ def test_a_feature_mechanism_stands_at_the_end_of_each_residual_branch() -> None
 
 def test_classes_with_and_without_device_arguments() -> None:
     assert feature(Gate)(4, dtype=torch.float64).conv.weight.dtype == torch.float64
-    assert feature("se")(16, dtype=torch.float64).fc1.weight.dtype == torch.float64
-    assert feature("cbam")(16, device="meta").channel.fc1.weight.device.type == "meta"
+    assert feature("se")(16, dtype=torch.float64).inner.fc1.weight.dtype == torch.float64
+    assert feature("cbam")(16, device="meta").inner.channel.fc1.weight.device.type == "meta"
     pickle.loads(pickle.dumps(a_resnet(feature(Gate))))
 
 
@@ -58,8 +58,8 @@ def test_timms_own_modules_by_name(name: str) -> None:
 
 
 def test_options_of_timms_own_modules() -> None:
-    assert feature("se", rd_ratio=0.5)(32).fc1.out_channels == 16
-    assert feature("eca", gamma=1)(32).conv.kernel_size == (7,)
+    assert feature("se", rd_ratio=0.5)(32).inner.fc1.out_channels == 16
+    assert feature("ceca", gamma=1)(32).conv.kernel_size == (7,)
 
 
 BAD_FEATURES: dict[str, tuple[Callable[[], Any], str]] = {

@@ -93,7 +93,7 @@ def test_swapping_in_softmax_attention_changes_nothing(options: dict[str, Any]) 
     wanted = model(x)
     count = sum(p.numel() for p in model.parameters())
     for _ in range(2):  # the second time it replaces its own work
-        assert swap(model, "mha") == 2
+        assert len(swap(model, "mha")) == 2
         assert {type(b.attn).__mro__[1] for b in model.blocks} == {TokenAttention}
         assert_close(model(x), wanted, atol=1e-5, rtol=1e-5)
         assert sum(p.numel() for p in model.parameters()) == count
@@ -109,24 +109,67 @@ def test_without_copy_the_weights_are_new() -> None:
     assert (model.blocks[0].attn.mixer.project.qkv.bias == 0).all()
 
 
-def test_what_does_not_fit_is_not_copied() -> None:
-    model = rough(a_vit())
+def test_keys_and_values_that_heads_share_are_the_mean_of_the_old_ones() -> None:
+    model = rough(a_vit(num_heads=4))
     old = model.blocks[0].attn
-    swap(model, "mqa")
+    report = swap(model, "gqa", kv_heads=2)
     new = model.blocks[0].attn.mixer
-    assert new.project.qkv.weight.shape == (32, 16)
+    assert new.project.qkv.weight.shape == (16 + 8 + 8, 16)
+    for kind, tensor in (("weight", old.qkv.weight), ("bias", old.qkv.bias)):
+        q, k, v = getattr(new.project.qkv, kind).split((16, 8, 8))
+        assert_close(q, tensor[:16], atol=0, rtol=0)
+        for x, whole in ((k, tensor[16:32]), (v, tensor[32:])):
+            assert_close(x[:4], (whole[:4] + whole[4:8]) / 2)
+            assert_close(x[4:], (whole[8:12] + whole[12:]) / 2)
     assert_close(new.combine.proj.weight, old.proj.weight, atol=0, rtol=0)
-    assert new.project.qkv.weight.abs().max() < 0.2
-    swap(model, "differential")  # as large as mha, but its q and k are others
-    assert model.blocks[0].attn.mixer.project.qkv.weight.abs().max() < 0.2
+    assert (report[0].copied, report[0].averaged, report[0].fresh) == (
+        ("q", "proj"),
+        ("k", "v"),
+        (),
+    )
+    x = images()
+    wanted = model(x)
+    report = swap(model, "mha")  # heads that shared keys each get a copy
+    assert (report[1].copied, report[1].averaged) == (("q", "k", "v", "proj"), ())
+    assert_close(model(x), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_what_does_not_fit_is_not_copied_and_the_report_says_so() -> None:
+    model = rough(a_vit(qk_norm=True))
+    old = model.blocks[0].attn
+    report = swap(model, "differential")  # as large as mha, but its q and k are others
+    new = model.blocks[0].attn.mixer
+    assert new.project.qkv.weight[:32].abs().max() < 0.2
+    assert_close(new.project.qkv.weight[32:], old.qkv.weight[32:], atol=0, rtol=0)
+    assert report[0].name == "blocks.0.attn"
+    assert report[0].copied == ("v", "proj")
+    assert "mixer.project.qkv.weight (q, k)" in report[0].fresh
+    assert "mixer.q_norm.weight" in report[0].fresh
+    assert "mixer.normalize.lambda_q1" in report[0].fresh
+    assert str(report).startswith("blocks.0.attn: differential; copied v, proj; fresh mixer.")
+    report = swap(model, "mhe", copy=False)
+    assert report[1].copied == ()
+    assert set(report[1].fresh) == {n for n, _ in model.blocks[1].attn.named_parameters()}
     assert model.eval()(images()).shape == (3, 5)
+
+
+def test_every_parameter_is_copied_averaged_or_fresh() -> None:
+    for name in ("moh", "talking_heads", "mhe", "linear", "t5"):
+        model = a_vit()
+        report = swap(model, name)
+        for layer in report:
+            attn = model.get_submodule(layer.name)
+            known = {"proj": "mixer.combine.proj."}
+            taken = [known.get(item, "mixer.project.qkv.") for item in layer.copied]
+            for parameter, _ in attn.named_parameters():
+                said = parameter in layer.fresh
+                assert said != any(parameter.startswith(prefix) for prefix in taken)
 
 
 def test_layouts_and_lists_of_layers() -> None:
     model = a_vit(depth=4)
-    assert (
-        swap(model, {"default": "mqa", "last": "mha"}, layers={"every": 2, "other": "alibi"}) == 4
-    )
+    report = swap(model, {"default": "mqa", "last": "mha"}, layers={"every": 2, "other": "alibi"})
+    assert len(report) == 4
     assert [b.attn.mixer.spec for b in model.blocks] == ["mqa", "mha+alibi", "mqa", "mha"]
     specs = ["alibi", "mha", "mqa", "mha"]
     swap(model, specs)
@@ -165,7 +208,7 @@ def test_swapping_in_swin_changes_nothing(shifted_by: int | None) -> None:
     wanted = model(x)
     count = sum(p.numel() for p in model.parameters())
     for _ in range(2):
-        assert swap(model, "mha") == 4
+        assert len(swap(model, "mha")) == 4
         assert all(type(b.attn) is WindowAttention for layer in model.layers for b in layer.blocks)
         assert_close(model(x), wanted, atol=1e-5, rtol=1e-5)
         assert sum(p.numel() for p in model.parameters()) == count
@@ -202,7 +245,7 @@ def test_swin_refuses_what_cannot_keep_its_bias_and_its_mask() -> None:
             swap(a_swin(), "test_keys")
         model = a_swin(window_size=8)
         assert not any(any(b.shift_size) for layer in model.layers for b in layer.blocks)
-        assert swap(model, "test_keys") == 4
+        assert len(swap(model, "test_keys")) == 4
 
 
 @pytest.mark.filterwarnings("ignore:.*input value tensor is non-contiguous:UserWarning")

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 import zoo
 from zoo import registry
+from zoo.errors import ZooError
 from zoo.parts import Normalize, Position, Project
-from zoo.registry import Taxonomy
+from zoo.registry import SOCKETS, Taxonomy
+from zoo.spec import parse
 
 AXES = Taxonomy("self", "single", "global", "single", "none", "none", "na")
 SIZES = {"img_size": 16, "patch_size": 4, "num_classes": 5, "embed_dim": 16, "num_heads": 2}
@@ -40,6 +42,15 @@ def rough(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model.eval()
+
+
+def needs_own_tokens(spec: str) -> bool:
+    """Whether a part wants a token of its own between the others, which timm does not give."""
+    entry = parse(spec)[0].entry
+    if entry.kind not in SOCKETS:
+        return False
+    host = zoo.create(spec, dim=16, heads=2, max_len=32, causal=not entry.traits.bidirectional)
+    return any(part.insert_every is not None for part in host.socket_parts())
 
 
 @contextmanager
@@ -102,6 +113,46 @@ class Mean(nn.Module):
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         weights = torch.ones_like(x[..., :1]) if mask is None else mask[:, 0, 0, :, None].float()
         return x + (x * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True) * self.scale
+
+
+class Shrink(nn.Module):
+    """A module that works on a map a quarter as high and wide, and needs one."""
+
+    kind = "feature"
+
+    def __init__(self, channels: int, side: int = 4) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) < self.side:
+            raise ZooError(f"x of {tuple(x.shape[2:])} is smaller than side={self.side}")
+        return x * nn.functional.avg_pool2d(x, self.side).mean((2, 3), keepdim=True)
+
+
+class Neutral(nn.Module):
+    """A residual module on feature maps whose factor starts at zero."""
+
+    kind = "feature"
+    special_init = True
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1, device=device, dtype=dtype)
+        self.gamma = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma * self.conv(x)
 
 
 class Gate(nn.Module):

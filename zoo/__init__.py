@@ -25,6 +25,7 @@ from zoo.spec import canonical
 __version__ = "0.1.0"
 # Reached as attributes too, but imported on first use: they bring heavier libraries.
 _LAZY = ("bench", "datasets", "models", "runs", "show", "tasks", "timm")
+_LAZY_FUNCTIONS = {"swap": "timm"}
 __all__ = [
     "Attention",
     "Cache",
@@ -50,4 +51,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"zoo.{name}")
+    if name in _LAZY_FUNCTIONS:
+        return getattr(importlib.import_module(f"zoo.{_LAZY_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'zoo' has no attribute {name!r}")

@@ -233,7 +233,7 @@ class Attention(nn.Module):
         flags = ("causal", "bidirectional", "cross", "bias", "decode", "weights", "grouped")
         values: dict[str, Any] = {
             flag: all(getattr(t, flag) for t in found)
-            for flag in (*flags, "packed", "equivariant", "compile")
+            for flag in (*flags, "packed", "equivariant", "compile", "gradient")
         }
         values["mask"] = max((t.mask for t in found), key=masks.index)
         costs = {t.cost for t in found} - {Traits().cost}

@@ -202,6 +202,8 @@ class Traits:
         packed: Several sequences in one, by `cu_seqlens`, equal each on its own.
         equivariant: Without positions and causality, permuting tokens permutes the output.
         compile: ``torch.compile(fullgraph=True)`` takes it.
+        gradient: Gradients are those of the output; False where the paper counts as a constant
+            what is none, so that finite differences differ.
         cost: Time per head in N, M, D and the part's options, e.g. ``"N * window"``.
     """
 
@@ -216,6 +218,7 @@ class Traits:
     packed: bool = True
     equivariant: bool = True
     compile: bool = True
+    gradient: bool = True
     cost: str = "N * M * D"
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from contract_subject import variants
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
-from timm_models import Gate, OnGrid, Special, registered
+from timm_models import Gate, OnGrid, Shrink, Special, needs_own_tokens, registered
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -24,7 +24,7 @@ TINY: dict[str, Any] = {"image_shape": (1, 8, 8), "num_classes": 10}
 SMALL: dict[str, Any] = {**TINY, "patch": 2, "dim": 16, "depth": 2, "heads": 2}
 RESNET: dict[str, Any] = {**TINY, "variant": "resnet10t", "width": 8}
 MIXERS = zoo.list(kind=[*SOCKETS, "mixer"])
-FEATURES = [None, "se", "eca", "cbam", *zoo.list(kind="feature")]
+FEATURES = [None, "gc", "coord", *zoo.list(kind="feature")]
 
 
 def a_vit(name: str, **options: Any) -> VisionTransformer:
@@ -51,7 +51,12 @@ def step(model: nn.Module, x: Tensor, labels: Tensor, steps: int = 4) -> list[fl
 @pytest.mark.parametrize("name", MIXERS)
 def test_every_token_mixer_trains(name: str) -> None:
     # With the options of the contracts: a window of 7 does not fit the 4 x 4 tokens.
-    model = a_vit(name, attention=variants(zoo.info(name))[0])
+    spec = variants(zoo.info(name))[0]
+    if needs_own_tokens(spec):
+        with pytest.raises(CompatibilityError, match=f"'{name}' needs a token of its own after"):
+            a_vit(name, attention=spec)
+        return
+    model = a_vit(name, attention=spec)
     x, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
     losses = step(model, x, labels)
     assert losses[-1] < losses[0]
@@ -235,6 +240,46 @@ def test_residual_branches_start_at_zero_or_not(zero: bool) -> None:
     assert (model.drop_rate, model.layer4[0].drop_path.drop_prob) == (0.2, 0.3)
 
 
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("variant", ["resnet50", "resnext50_32x4d", "res2net50_26w_4s"])
+def test_every_feature_mechanism_in_every_kind_of_resnet(variant: str, name: str | None) -> None:
+    model = resnet(name, **{**RESNET, "variant": variant, "width": 16, "blocks": (1, 1, 1, 1)})
+    labels = torch.arange(6)
+    nn.functional.cross_entropy(model(torch.randn(6, 1, 8, 8)), labels).backward()
+    modules = [block.se for block in model.modules() if hasattr(block, "se")]
+    assert len(modules) == 4
+    assert [module is None for module in modules] == [name is None] * 4
+    assert model.layer4[0].conv3.out_channels == 16 * 8 * 4
+
+
+def test_variants_keep_what_their_names_say() -> None:
+    small = {**RESNET, "width": 16, "blocks": (1, 1, 1, 1)}
+    for variant, scale in (("res2net50_14w_8s", 8), ("res2net50_48w_2s", 2), ("res2net50d", 4)):
+        assert resnet("se", **{**small, "variant": variant}).layer1[0].scale == scale
+    model = resnet(None, **{**small, "variant": "resnext50_32x4d"})
+    assert (model.layer1[0].conv2.groups, model.layer4[0].conv2.out_channels) == (32, 8 * 32)
+    with pytest.raises(ZooError, match=r"width=14 leaves a branch .+ from 16 on"):
+        resnet(None, **{**small, "variant": "resnext50_32x4d", "width": 14})
+
+
+def test_maps_smaller_than_the_module_can_take_are_refused_when_it_is_built() -> None:
+    with registered("test_shrink", "feature", Shrink):
+        larger = {**RESNET, "image_shape": (1, 32, 32)}
+        assert resnet("test_shrink", **larger)(torch.randn(2, 1, 32, 32)).shape == (2, 10)
+        message = r"layer3\.0\.se: maps of 2 x 2 with 32 channels do not suit Shrink .+\(1, 8, 8\)"
+        with pytest.raises(ZooError, match=message):
+            resnet("test_shrink", **RESNET)
+    with pytest.raises(ZooError, match=r"layer1\.0\.se: Pool turns maps .+ keeps their shape"):
+        resnet(Pool, **RESNET)
+
+
+class Pool(nn.AvgPool2d):
+    """A module that does not keep the shape of a map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(2)
+
+
 BAD_VITS: dict[str, tuple[dict[str, Any], str]] = {
     "patch": ({"patch": 3}, "patch=3 must divide height 8 and width 8"),
     "patch type": ({"patch": 2.0}, "patch=2.0 must be a whole number"),
@@ -278,6 +323,8 @@ BAD_RESNETS: dict[str, tuple[dict[str, Any], str]] = {
     "variant": ({"variant": "resnet12"}, "unknown variant of a ResNet 'resnet12'; did you mean"),
     "attentive variant": ({"variant": "seresnet18"}, "unknown variant of a ResNet"),
     "width": ({"width": 7}, "width=7 must be even"),
+    "no blocks": ({"blocks": (1, 1, 1)}, r"blocks=\(1, 1, 1\) must be four numbers"),
+    "empty stage": ({"blocks": (1, 1, 1, 0)}, "blocks: number=0"),
     "stem": ({"stem": "tiny"}, "unknown stem 'tiny'"),
     "shape": ({"image_shape": (1, 8)}, "image_shape"),
     "drop path": ({"drop_path": -0.1}, r"drop_path=-0.1 must lie in \[0, 1\)"),

@@ -231,3 +231,69 @@ def test_the_cost_grows_with_the_tokens():
         plan = make_plan((length,), (ODD,), 4, torch.float32, torch.device("cpu"))
         pairs.append(sum(math.prod(block.mask.shape[1:]) for block in plan.blocks))
     assert pairs[1] < 2.1 * pairs[0]
+
+
+@pytest.mark.parametrize("budget", [_halo_plan.BUDGET, 2000, 100])
+@pytest.mark.parametrize(
+    ("shape", "windows", "sizes"),
+    [
+        ((23,), (ODD,), (5,)),
+        ((9, 11), (ODD, ODD), (4, 3)),  # last tiles that are not full
+        ((24, 8), (ODD, ODD), (4, 4)),  # blocks in the middle that share their offsets
+        ((6, 7), (ODD, Window(1, 1)), (2, 4)),
+        ((5, 6, 7), (Window(1, 1), Window(1, 1), ODD), (2, 4, 5)),
+    ],
+)
+def test_a_table_of_relative_positions(shape, windows, sizes, budget):
+    """Against all scores with the entries of the pairs, for several samples of two heads."""
+    grid = Grid(shape, windows, (1,) * len(shape))
+    table = draw(2, *(2 * w.width - 1 for w in windows), seed=4).requires_grad_()
+    inputs = [*tensors(shape), table]
+    index = torch.arange(math.prod(shape))
+    entries = table.flatten(1)[:, grid.offsets(index[:, None], index)]
+    scores = (inputs[0] @ inputs[1].mT * 0.4 + entries).masked_fill(~grid.mask(), -torch.inf)
+    expected = scores.softmax(-1) @ inputs[2], scores.logsumexp(-1)
+    with patch.object(_halo_plan, "BUDGET", budget):
+        found = halo_attention(*inputs[:3], shape, windows, scale=0.4, rpb=table, sizes=sizes)
+        total = []
+        for result, name in ((found, "found"), (expected, "expected")):
+            assert_close(result[0], expected[0], f"output {name}")
+            assert_close(result[1], expected[1], f"lse {name}")
+            loss = (result[0] * draw(*expected[0].shape, seed=6)).sum() + result[1].square().sum()
+            total.append(torch.autograd.grad(loss, inputs))
+    for name, a, b in zip(("q", "k", "v", "rpb"), *total, strict=True):
+        assert_close(a, b, f"gradient of {name}", gradient=True)
+
+
+@pytest.mark.parametrize("size", [1.0, 3000.0])
+def test_a_table_that_needs_the_maximum_of_the_scores(size):
+    inputs = [x.detach().float().requires_grad_() for x in tensors((6, 7))]
+    table = (size * draw(2, 9, 9, seed=4)).float().requires_grad_()
+    y, lse = halo_attention(*inputs, (6, 7), (ODD, ODD), scale=0.4, rpb=table)
+    bias = torch.full((2, 42), size)
+    again, more = halo_attention(*inputs, (6, 7), (ODD, ODD), scale=0.4, rpb=table, key_bias=bias)
+    assert_close(again, y, "a constant on all scores changes nothing")
+    assert_close(more, lse + size, "but the sums")
+    for x in torch.autograd.grad(y.sum(), [*inputs, table]):
+        assert bool(x.isfinite().all())
+
+
+def test_derivatives_of_a_table_against_finite_differences():
+    inputs = [draw(2, 2, 15, 2, seed=i).requires_grad_() for i in range(3)]
+    table = draw(2, 5, 5, seed=4).requires_grad_()
+
+    def run(q, k, v, rpb):
+        windows = (Window(1, 1), Window(1, 1))
+        return halo_attention(q, k, v, (3, 5), windows, scale=0.7, rpb=rpb, sizes=(2, 3))
+
+    assert torch.autograd.gradcheck(run, [*inputs, table], fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, [*inputs, table], fast_mode=True)
+    y = run(*(x.detach() for x in inputs), table)[0]
+    assert torch.autograd.grad(y.square().sum(), table)[0].any()  # the table alone
+
+
+@pytest.mark.parametrize(("width", "of_values"), [(16, 33), (40, 1), (7, 16)])
+def test_wide_and_narrow_heads(width, of_values):
+    """Products are laid out the one way or the other by the width."""
+    inputs = [draw(2, 2, 99, n, seed=i) for i, n in enumerate((width, width, of_values))]
+    check([x.requires_grad_() for x in inputs], (9, 11), (ODD, ODD), sizes=(4, 4))

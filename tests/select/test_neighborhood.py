@@ -171,10 +171,10 @@ def test_relative_position_bias(shape):
     table = draw(4, *(5 for _ in shape), seed=9).requires_grad_()
     q, k, v = inputs_of(shape)
     found = {}
-    for form in ("reference", "gather", "auto"):
+    for form in FORMS:
         y = neighborhood_attention(q, k, v, shape, kernel, dilation, rpb=table, backend=form)
         found[form] = y, *torch.autograd.grad(y.square().sum(), table)
-    for form in ("gather", "auto"):
+    for form in FORMS[1:]:
         assert_close(found[form][0], found["reference"][0], form)
         assert_close(found[form][1], found["reference"][1], f"{form}: table", gradient=True)
     # A pair at a time: offsets count within the residue class.
@@ -188,9 +188,51 @@ def test_relative_position_bias(shape):
     k, v = (x.repeat_interleave(2, 1) for x in (k, v))
     scores = (q @ k.mT * 5**-0.5 + bias).masked_fill(~mask, -torch.inf)
     assert_close(found["reference"][0], scores.softmax(-1) @ v, "by pairs")
-    for backend in ("torch", "triton", "flex"):
+    for backend in ("triton", "flex"):
         with pytest.raises(zoo.ZooError, match=f"{backend}.*rpb"):
             neighborhood_attention(q, k, v, shape, kernel, dilation, rpb=table, backend=backend)
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_a_bias_on_keys(table):
+    """With -inf among it, on a grid with residue classes of several shapes."""
+    q, k, v = (x.requires_grad_() for x in inputs_of((9, 7)))
+    bias = draw(2, 63, seed=7)
+    bias[:, ::5] = -torch.inf
+    rpb = draw(4, 5, 5, seed=9) if table else None
+    found = {}
+    for form in FORMS:
+        y, lse = neighborhood_attention(
+            q, k, v, (9, 7), 3, 2, rpb=rpb, key_bias=bias, return_lse=True, backend=form
+        )
+        found[form] = [y, lse, *torch.autograd.grad(y.square().sum() + lse.sum(), (q, k, v))]
+    for form in FORMS[1:]:
+        for i, (a, b) in enumerate(zip(found[form], found["reference"], strict=True)):
+            assert_close(a, b, f"{form}, result {i}", gradient=i > 1)
+    hidden = na_mask((9, 7), 3, 2) & bias.isfinite()[:, None, None]
+    scores = q @ k.repeat_interleave(2, 1).mT * 5**-0.5 + bias.nan_to_num(neginf=0)[:, None, None]
+    if rpb is None:
+        lse = scores.masked_fill(~hidden, -torch.inf).logsumexp(-1)
+        assert_close(found["reference"][1], lse, "by the mask")
+    for backend in ("triton", "flex"):
+        with pytest.raises(zoo.ZooError, match=f"{backend}.*key_bias"):
+            neighborhood_attention(q, k, v, (9, 7), 3, key_bias=bias, backend=backend)
+    with pytest.raises(zoo.ZooError, match="key_bias of shape"):
+        neighborhood_attention(q, k, v, (9, 7), 3, key_bias=bias[:, 1:])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dropout_of_the_function(form):
+    q, k, v = inputs_of((9, 7), groups=4)
+    ones = torch.ones_like(v)
+    y = neighborhood_attention(q, k, ones, (9, 7), 3, 2, dropout=0.4, backend=form)
+    assert float(y.std()) > 0.1
+    assert abs(float(y.mean()) - 1) < 0.1
+    for backend in ("triton", "flex"):
+        with pytest.raises(zoo.ZooError, match=f"{backend}.*dropout"):
+            neighborhood_attention(q, k, v, (9, 7), 3, dropout=0.4, backend=backend)
+    with pytest.raises(zoo.ZooError, match="dropout=1"):
+        neighborhood_attention(q, k, v, (9, 7), 3, dropout=1.0, backend=form)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -278,16 +320,12 @@ def test_routes_agree_in_the_host(many_strips, options):
     taken = []
     for route in ("engine", "sdpa_strips", "neighborhood_tiles", "gather", "reference"):
         attn.route = route
-        if route == "neighborhood_tiles" and attn.select.rpb is not None:
-            with pytest.raises(zoo.ZooError, match="rpb"):
-                attn(x)
-            continue
         taken.append(route)
         found = settle(attn, x)
         assert found.keys() == expected.keys()
         for name, value in found.items():
             assert_close(value, expected[name], f"{route}: {name}", gradient=name != "output")
-    assert len(taken) >= 4
+    assert len(taken) == 5
     pairs = torch.rand(2, 4, 36, 36) < 0.6
     attn.route = "dense"
     expected = settle(attn, x, mask=pairs)
@@ -364,7 +402,8 @@ def test_which_route_and_why_not():
     assert "four windows" in attn.explain(x[:, :36]).refused["neighborhood_tiles"]
     assert "bias" in attn.explain(x, bias=torch.zeros(64, 64)).refused["neighborhood_tiles"]
     biased = host({"kernel": 3, "ndim": 2, "rel_pos_bias": True}).explain(x.double())
-    for route in ("neighborhood_triton", "flex", "neighborhood_tiles"):
+    assert biased.route == "neighborhood_tiles"
+    for route in ("neighborhood_triton", "flex"):
         assert "rpb" in biased.refused[route]
     dropped = host({"kernel": 3, "ndim": 2, "dropout": 0.5}).train().explain(x.double())
     assert "dropout" in dropped.refused["neighborhood_tiles"]

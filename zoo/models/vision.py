@@ -1,4 +1,4 @@
-"""Vision models on timm: a ViT over any token mixer, a ResNet over any feature-map mechanism.
+"""Vision models on timm: a ViT over any token mixer, ResNets over any feature-map mechanism.
 
 The sizes are for small images and short runs. Timm's models are used as they are, so everything
 that timm offers for them (feature extraction, parameter groups) works here too.
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError, unknown
 from zoo.models import model
-from zoo.parts import Position, build, tie_layers
+from zoo.models._sizes import check_image_shape, check_rate, check_whole
+from zoo.parts import Position, build
 from zoo.spec import PartSpec, layout, parse, without
-from zoo.timm import feature, init_special, swap
+from zoo.timm import check_maps, feature, init_special, swap
 
 _POOLS = ("avg", "avgmax", "max", "token")
 _STEMS = ("small", "large")
@@ -78,11 +79,11 @@ def vit(
         ZooError: A size does not fit, or a name or option is unknown.
         CompatibilityError: Parts that cannot work together.
     """
-    channels, height, width = _image_shape(image_shape)
+    channels, height, width = check_image_shape(image_shape)
     sizes = {"num_classes": num_classes, "patch": patch, "dim": dim, "depth": depth}
     for name, size in {**sizes, "heads": heads}.items():
-        _whole(name, size, 1)
-    _whole("registers", registers, 0)
+        check_whole(name, size, 1)
+    check_whole("registers", registers, 0)
     if height % patch or width % patch:
         raise ZooError(f"patch={patch} must divide height {height} and width {width} of the image")
     if dim % heads:
@@ -91,7 +92,7 @@ def vit(
         raise ZooError(f"mlp_ratio={mlp_ratio!r} must be above 0")
     rates = {"dropout": dropout, "attention_dropout": attention_dropout, "drop_path": drop_path}
     for name, rate in rates.items():
-        _rate(name, rate)
+        check_rate(name, rate)
     if pos not in ("learned", "none"):
         raise unknown("pos", pos, ("learned", "none"))
     if pool not in _POOLS:
@@ -126,7 +127,6 @@ def vit(
         drop_path_rate=drop_path,
     )
     swap(model, specs, copy=False, causal=causal)
-    tie_layers(model)
     if embedding is not None:
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         model.norm_pre = EmbedPositions(embedding, dim, tokens)
@@ -178,6 +178,7 @@ def resnet(
     num_classes: int,
     variant: str = "resnet18",
     width: int = 64,
+    blocks: Sequence[int] | None = None,
     stem: str = "small",
     zero_init_last: bool = True,
     dropout: float = 0.0,
@@ -185,14 +186,19 @@ def resnet(
 ) -> ResNet:
     """Build a ResNet (He et al. 2015) with attention at the end of each residual branch.
 
+    ResNeXt (Xie et al. 2016) and Res2Net (Gao et al. 2019) are variants of it.
+
     Args:
         attention: A mechanism of kind "feature", one of timm's own (se, eca, cbam, ...; see
             `zoo.timm.TIMM_FEATURES`), a class, or None for the plain network.
         image_shape: Channels, height and width.
         num_classes: Logits.
-        variant: Plain ResNet of timm, e.g. resnet10t, resnet14t, resnet18, resnet50.
+        variant: Plain network of timm, e.g. resnet10t, resnet14t, resnet18, resnet50,
+            resnext50_32x4d, res2net50_26w_4s.
         width: Channels of the stem and the first stage; each later stage has twice as many. For
-            8 x 8 digits 16 are plenty. Even.
+            8 x 8 digits 16 are plenty. Even; a branch of a ResNeXt or Res2Net of base width w has
+            ``width * w / 64`` channels, rounded down, and needs one.
+        blocks: Residual blocks of each of the four stages; None for those of the variant.
         stem: "small" is a 3 x 3 convolution that keeps the size (images up to about 64 pixels),
             "large" a 7 x 7 convolution of stride 2 and a max pooling.
         zero_init_last: Start every residual branch at zero (the attention sees zeros at first).
@@ -200,18 +206,37 @@ def resnet(
         drop_path: Rate of stochastic depth in the last block.
 
     Raises:
-        ZooError: A size does not fit, or a name or option is unknown.
+        ZooError: A size does not fit, a name or option is unknown, or the maps of a stage are too
+            small for the mechanism.
     """
-    channels, _, _ = _image_shape(image_shape)
-    _whole("num_classes", num_classes, 1)
-    _whole("width", width, 2)
+    channels, _, _ = check_image_shape(image_shape)
+    check_whole("num_classes", num_classes, 1)
+    check_whole("width", width, 2)
     if width % 2:
         raise ZooError(f"width={width} must be even")
     for option, value in {"dropout": dropout, "drop_path": drop_path}.items():
-        _rate(option, value)
-    known = [n for n in timm.list_models(module="resnet") if re.fullmatch(r"resnet\d+[a-z]?", n)]
+        check_rate(option, value)
+    known = _variants()
     if variant not in known:
         raise unknown("variant of a ResNet", variant, known)
+    base = _base_width(variant)
+    if width * base < 64:
+        raise ZooError(
+            f"width={width} leaves a branch of {variant!r} without channels; allowed: even numbers "
+            f"from {-(-64 // base)} on"
+        )
+    sizes: dict[str, Any] = {}
+    if blocks is not None:
+        if len(blocks) != 4:
+            raise ZooError(f"blocks={blocks!r} must be four numbers, one for each stage")
+        for count in blocks:
+            check_whole("blocks: number", count, 1)
+        sizes["layers"] = tuple(blocks)
+    block_args: dict[str, Any] = {"attn_layer": None if attention is None else feature(attention)}
+    if variant.startswith("res2"):
+        # timm keeps the scale in block_args too, where this one would otherwise be lost.
+        scale = re.search(r"(\d+)s$", variant)
+        block_args["scale"] = int(scale[1]) if scale else 4
     if stem not in _STEMS:
         raise unknown("stem", stem, _STEMS)
     model: Any = timm.create_model(
@@ -225,7 +250,8 @@ def resnet(
         drop_rate=dropout,
         drop_path_rate=drop_path,
         zero_init_last=zero_init_last,
-        block_args={"attn_layer": None if attention is None else feature(attention)},
+        block_args=block_args,
+        **sizes,
     )
     side, stride = (3, 1) if stem == "small" else (7, 2)
     conv = nn.Conv2d(channels, width, side, stride, padding=side // 2, bias=False)
@@ -234,22 +260,27 @@ def resnet(
     if stem == "small":
         model.maxpool = nn.Identity()
     init_special(model)
+    if attention is not None:
+        check_maps(model, image_shape)
     return model
 
 
-def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    if len(shape) != 3:
-        raise ZooError(f"image_shape={shape!r} must be (channels, height, width)")
-    for name, value in zip(("channels", "height", "width"), shape, strict=True):
-        _whole(f"image_shape: {name}", value, 1)
-    return shape[0], shape[1], shape[2]
+def _variants() -> list[str]:
+    """Networks of timm that hold a feature module only where they are told to."""
+    plain = r"resnet\d+[a-z]?|resnext\d+d?_\d+x\d+d|res2net\d+\w*|res2next\d+"
+    return [
+        name
+        for module in ("resnet", "res2net")
+        for name in timm.list_models(module=module)
+        if re.fullmatch(plain, name)
+    ]
 
 
-def _whole(name: str, value: object, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ZooError(f"{name}={value!r} must be a whole number of at least {low}")
-
-
-def _rate(name: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise ZooError(f"{name}={value!r} must lie in [0, 1)")
+def _base_width(variant: str) -> int:
+    """Channels of one branch for 64 of the stage."""
+    if variant.startswith("res2next"):
+        return 4
+    found = re.search(r"x(\d+)d$|_(\d+)w_", variant)
+    if found:
+        return int(found[1] or found[2])
+    return 26 if variant.startswith("res2net") else 64

@@ -141,6 +141,8 @@ def window_tiles(
     grid: Grid,
     *,
     scale: float,
+    rpb: Tensor | None = None,
+    key_bias: Tensor | None = None,
     dropout: float = 0.0,
     sizes: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -154,6 +156,8 @@ def window_tiles(
         v: (B, G, S, E).
         grid: The grid.
         scale: Factor on dot products.
+        rpb: Added to the scores by the distance within the residue class, (H, 2 w - 1, ..).
+        key_bias: Added to the scores of keys, a constant, (B|1, S).
         dropout: On the weights.
         sizes: Queries of a block along each axis; default by size.
 
@@ -161,13 +165,16 @@ def window_tiles(
         Outputs (B, H, S, E) and the logarithms of the rows' sums (B, H, S).
     """
 
-    def windows(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def windows(
+        q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, ...], key_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         return halo_attention(
-            q, k, v, shape, grid.windows, scale=scale, dropout=dropout, sizes=sizes
-        )
+            q, k, v, shape, grid.windows, scale=scale, rpb=rpb, key_bias=key_bias,
+            dropout=dropout, sizes=sizes,
+        )  # fmt: skip
 
     if all(step == 1 for step in grid.dilation) or not grid.length:
-        return windows(q, k, v, grid.shape)
+        return windows(q, k, v, grid.shape, key_bias)
     outs, lses, order = [], [], []
     for shape, tokens in _residues(grid):
         index = tokens.flatten().to(q.device)
@@ -176,7 +183,10 @@ def window_tiles(
             x.index_select(2, index).unflatten(2, tokens.shape).transpose(1, 2).flatten(0, 1)
             for x in (q, k, v)
         ]
-        found = windows(parts[0], parts[1], parts[2], shape)
+        near = key_bias
+        if near is not None:
+            near = near.expand(len(q), -1).index_select(1, index).view(-1, tokens.shape[1])
+        found = windows(parts[0], parts[1], parts[2], shape, near)
         out, lse = (x.unflatten(0, (-1, len(tokens))).transpose(1, 2).flatten(2, 3) for x in found)
         outs.append(out)
         lses.append(lse)

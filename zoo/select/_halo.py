@@ -25,67 +25,13 @@ from zoo.errors import ZooError
 from zoo.parts import full_precision, repeat_heads
 from zoo.select import _halo_plan
 from zoo.select._halo_plan import Block, Plan, Window, make_plan
+from zoo.select._halo_strips import Room, plain
+from zoo.select._halo_table import Table
 
 LOG2_E = math.log2(math.e)
-
-
-class _Room:
-    """Memory for strips, used again for one lot of heads after the other.
-
-    A grid of one axis needs none: its strips are the tensors themselves.
-
-    Args:
-        plan: How the grid is cut.
-        keys: Strips of keys, not of queries.
-        like: What is laid out, (P, S, D); P heads at a time at most.
-        lot: Heads at a time.
-    """
-
-    def __init__(self, plan: Plan, keys: bool, like: Tensor, lot: int) -> None:
-        self.plan, self.keys = plan, keys
-        self.sizes = plan.keys if keys else plan.rows
-        if plan.copies:
-            shape = (lot, len(plan.strips), plan.shape[0], *self.sizes, like.shape[2])
-            # Rows that fill up a last tile are zeros, so that nothing comes of them.
-            self.memory = like.new_zeros(shape)
-
-    def _pairs(self, grid: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """A tile of the grid (P, S, D) and its place in the memory, for each strip."""
-        x = grid.unflatten(1, self.plan.shape)
-        for n, strip in enumerate(self.plan.strips):
-            tile = x[:, :, *(cut.keys if self.keys else cut.rows for cut in strip)]
-            room = self.memory[: len(x), n]
-            yield tile, room[:, :, *(slice(0, size) for size in tile.shape[2:-1])]
-
-    def flat(self, heads: int) -> Tensor:
-        """Strips of so many heads, (heads strips, rows or keys of a strip, D)."""
-        return self.memory[:heads].flatten(2, -2).flatten(0, 1)
-
-    def load(self, x: Tensor) -> Tensor:
-        """Lay (P, S, D) out as strips."""
-        if not self.plan.copies:
-            return x
-        for tile, room in self._pairs(x):
-            room.copy_(tile)
-        return self.flat(len(x))
-
-    def blank(self, target: Tensor) -> Tensor:
-        """Strips to add to or to fill in, for `target` (P, S, D), which is zero."""
-        if not self.plan.copies:
-            return target
-        if self.keys:
-            self.memory[: len(target)].zero_()
-        return self.flat(len(target))
-
-    def store(self, target: Tensor) -> None:
-        """Bring what `blank` gave back to `target`: several strips may add to one key."""
-        if not self.plan.copies:
-            return
-        for tile, room in self._pairs(target):
-            if self.keys:
-                tile += room
-            else:
-                tile.copy_(room)
+# Matrix products of fewer columns are up to four times as fast the other way round on a CPU, where
+# their number is no multiple of 16.
+NARROW = 32
 
 
 class _Pass:
@@ -95,7 +41,9 @@ class _Pass:
         plan: How the grid is cut.
         q: Queries, (P, S, D).
         scale: Factor on the scores.
-        hidden: -inf at hidden keys and 0 elsewhere, (P, S), or None.
+        hidden: Added to the scores of keys, -inf at hidden ones, (P, S), or None.
+        rpb: Table of relative positions, (H, T), or None; with it the samples of a head follow one
+            another among the P.
         dropout: On the weights.
         seed: Of the numbers for dropout.
     """
@@ -106,17 +54,23 @@ class _Pass:
         q: Tensor,
         scale: float,
         hidden: Tensor | None,
+        rpb: Tensor | None,
         dropout: float,
         seed: int,
     ) -> None:
-        self.plan, self.q, self.hidden, self.dropout = plan, q, hidden, dropout
+        self.plan, self.q, self.dropout = plan, q, dropout
         # 2^x is faster than e^x on a CPU, so scores are counted in base 2.
         self.factor = scale * LOG2_E
+        self.hidden = None if hidden is None else hidden * LOG2_E
+        self.table = None
+        if rpb is not None:
+            self.table = Table(rpb * LOG2_E, q.dtype, len(q) // len(rpb))
         self.generator = torch.Generator(q.device)
         self.generator.manual_seed(seed)
         self.pairs = max(math.prod(block.mask.shape[1:]) for block in plan.blocks)
         strips = len(plan.strips)
-        self.lot = max(1, min(len(q), _halo_plan.BUDGET // (self.pairs * strips)))
+        most = len(q) if self.table is None else self.table.samples
+        self.lot = max(1, min(most, _halo_plan.BUDGET // (self.pairs * strips)))
         # Strips of a single head at a time where even those are too many.
         self.many = (
             self.lot * strips
@@ -125,23 +79,41 @@ class _Pass:
         )
         self.spare: dict[int, Tensor] = {}
 
-    def room(self, like: Tensor, keys: bool) -> _Room:
+    def room(self, like: Tensor, keys: bool) -> Room:
         """Memory for a lot of strips."""
-        return _Room(self.plan, keys, like, self.lot)
+        return Room(self.plan, keys, like, self.lot)
 
     def lots(self) -> Iterator[slice]:
-        """Some heads at a time."""
-        for p in range(0, len(self.q), self.lot):
-            yield slice(p, min(p + self.lot, len(self.q)))
+        """Some heads at a time, with a table samples of one head."""
+        most = len(self.q) if self.table is None else self.table.samples
+        for first in range(0, len(self.q), most):
+            if self.table is not None:
+                self.table.turn_to(first // most)
+            for p in range(first, first + most, self.lot):
+                yield slice(p, min(p + self.lot, first + most))
 
     def shares(self, total: int) -> Iterator[tuple[slice, Block, Tensor]]:
-        """Some of `total` strips, a block, and its mask for these strips."""
+        """Some of `total` strips, a block, and its mask (with a table its bias) for these."""
         strips = len(self.plan.strips)
         for block in self.plan.blocks:
+            mask = block.mask if self.table is None else self.table.bias(block)
+            whole = mask.shape[0] == 1 or self.many >= strips
             for c in range(0, total, self.many):
                 share = slice(c, min(c + self.many, total))
-                whole = block.mask.shape[0] == 1 or self.many >= strips
-                yield share, block, block.mask if whole else block.mask[share]
+                yield share, block, mask if whole else mask[share]
+
+    def small(self, k: Tensor) -> bool:
+        """Whether powers of all scores are safe without a maximum subtracted first.
+
+        A score is at most |q| |k|, and what is added to it. Half of the exponent's range stays free
+        for the sums.
+        """
+        longest = abs(self.factor) * self.q.norm(dim=-1).amax() * k.norm(dim=-1).amax()
+        if self.hidden is not None:
+            longest = longest + self.hidden.masked_fill(self.hidden == -torch.inf, 0.0).abs().amax()
+        if self.table is not None:
+            longest = longest + self.table.entries[:, :-1].abs().amax()
+        return bool(longest <= math.log2(torch.finfo(k.dtype).max) / 2)
 
     def buffer(self, index: int, *shape: int) -> Tensor:
         """Memory of this number in this shape, with anything in it."""
@@ -153,14 +125,17 @@ class _Pass:
 
     def product(self, index: int, a: Tensor, b: Tensor) -> Tensor:
         """Batched matrix product in the memory of this number."""
+        if b.shape[2] < NARROW and b.shape[2] % 16:
+            out = self.buffer(index, a.shape[0], b.shape[2], a.shape[1])
+            return torch.bmm(b.mT, a.mT, out=out).mT
         return torch.bmm(a, b, out=self.buffer(index, a.shape[0], a.shape[1], b.shape[2]))
 
     def start(self, tile: Tensor, mask: Tensor, hidden: Tensor | None, logs: Tensor | None) -> None:
-        """Fill a tile with -inf at hidden pairs, elsewhere with minus the logarithms of the sums.
+        """Fill a tile with the mask or bias, minus the logarithms of the sums.
 
         Args:
             tile: (strips, R, K).
-            mask: (1 or strips of a head, R, K).
+            mask: (1 or strips of a head, R, K), -inf at hidden pairs.
             hidden: Of the keys, (strips, K), or None.
             logs: Of the rows, (strips, R, 1), or None.
         """
@@ -187,10 +162,7 @@ def _forward(work: _Pass, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     rooms = [work.room(x, keys) for x, keys in ((q, False), (k, True), (v, True))]
     places = [work.room(x, False) for x in (out, logs)]
     masks = None if work.hidden is None else work.room(work.hidden[..., None], True)
-    # A score is at most |q| |k|. While that is small, its power needs no maximum subtracted first;
-    # half of the exponent's range stays free for the sums.
-    longest = abs(work.factor) * q.norm(dim=-1).amax() * k.norm(dim=-1).amax()
-    safe = bool(longest <= math.log2(torch.finfo(q.dtype).max) / 2)
+    safe = work.small(k)
     for lot in work.lots():
         rows, keys, values = (room.load(x[lot]) for room, x in zip(rooms, (q, k, v), strict=True))
         y, sums = (place.blank(x[lot]) for place, x in zip(places, (out, logs), strict=True))
@@ -254,58 +226,13 @@ def _backward(
                 weights = kept.mul_(p)
             dvalues[there] += work.product(3, weights.mT, g[here])
             ds.sub_(means[here]).mul_(p)
+            if work.table is not None:
+                work.table.collect(block, share, ds)
             dkeys[there] += work.product(3, ds.mT, rows[here])
             drows[here] = work.product(3, ds, keys[there])
         for room, x in made:
             room.store(x[lot])
     return dq.mul_(scale), dk.mul_(scale), dv
-
-
-def _plain(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, plan: Plan, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The same in operations that can be differentiated any number of times."""
-    q, k, v = _cut_plain(q, plan, False), _cut_plain(k, plan, True), _cut_plain(v, plan, True)
-    outs, logs = [], []
-    for block in plan.blocks:
-        s = (q[:, block.rows] @ k[:, block.keys].mT) * scale
-        s = (s.unflatten(0, (-1, block.mask.shape[0])) + block.mask).flatten(0, 1)
-        if hidden is not None:
-            far = _cut_plain(hidden[..., None], plan, True)
-            s = s + far[:, None, block.keys, 0]
-        empty = (s == -torch.inf).all(-1, keepdim=True)
-        lse = s.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True)
-        outs.append((s - lse).exp().masked_fill(empty, 0.0) @ v[:, block.keys])
-        logs.append(lse.masked_fill(empty, -torch.inf))
-    return _join_plain(torch.cat(outs, 1), plan), _join_plain(torch.cat(logs, 1), plan)
-
-
-def _cut_plain(x: Tensor, plan: Plan, keys: bool) -> Tensor:
-    """As `_cut`, out of place."""
-    if not plan.copies:
-        return x
-    grid = x.unflatten(1, plan.shape)
-    sizes = plan.keys if keys else plan.rows
-    parts = []
-    for strip in plan.strips:
-        part = grid[:, :, *(tile.keys if keys else tile.rows for tile in strip)]
-        room: list[int] = [0, 0]
-        for size, have in zip(reversed(sizes), reversed(part.shape[2:-1]), strict=True):
-            room += [0, size - have]
-        parts.append(torch.nn.functional.pad(part, room).flatten(1, -2))
-    return torch.stack(parts, 1).flatten(0, 1)
-
-
-def _join_plain(strips: Tensor, plan: Plan) -> Tensor:
-    """As `_join` for queries, out of place."""
-    if not plan.copies:
-        return strips
-    parts = strips.view(-1, len(plan.strips), plan.shape[0], *plan.rows, strips.shape[-1])
-    index = torch.arange(1, 1 + math.prod(plan.shape)).view(1, -1, 1)
-    order = _Room(plan, False, index, 1).load(index).view(-1)  # 0 in rows that fill up a tile
-    place = torch.zeros(len(order) + 1, dtype=torch.int64)
-    place[order] = torch.arange(len(order))
-    return parts.flatten(1, -2).index_select(1, place[1 : index.numel() + 1].to(strips.device))
 
 
 class _Halo(torch.autograd.Function):
@@ -318,6 +245,7 @@ class _Halo(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         hidden: Tensor | None,
+        rpb: Tensor | None,
         plan: Plan,
         scale: float,
         dropout: float,
@@ -325,8 +253,8 @@ class _Halo(torch.autograd.Function):
         """Outputs (P, S, E) and natural logarithms of the sums (P, S, 1), -inf without keys."""
         seed = int(torch.randint(2**62, ())) if dropout else 0
         with full_precision(q):
-            out, logs = _forward(_Pass(plan, q, scale, hidden, dropout, seed), k, v)
-        ctx.save_for_backward(q, k, v, hidden, out, logs)
+            out, logs = _forward(_Pass(plan, q, scale, hidden, rpb, dropout, seed), k, v)
+        ctx.save_for_backward(q, k, v, hidden, rpb, out, logs)
         ctx.plan, ctx.scale, ctx.dropout, ctx.seed = plan, scale, dropout, seed
         ctx.set_materialize_grads(False)
         lse = (logs / LOG2_E).masked_fill_(logs == torch.inf, -torch.inf)
@@ -334,11 +262,12 @@ class _Halo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k and v, from those of both outputs."""
-        q, k, v, hidden, out, logs = ctx.saved_tensors
-        plan, nothing = ctx.plan, (None,) * 4
+        """Gradients of q, k, v and the table, from those of both outputs."""
+        q, k, v, hidden, rpb, out, logs = ctx.saved_tensors
+        plan, needed = ctx.plan, [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
         if torch.is_grad_enabled():  # create_graph: someone wants a second derivative
-            return (*_Halo._again(ctx, grads), *nothing)
+            dq, dk, dv, dtable = _Halo._again(ctx, grads, needed)
+            return dq, dk, dv, None, dtable, None, None, None
         grad, of_lse = grads
         if grad is None:
             grad = torch.zeros_like(out)
@@ -346,23 +275,26 @@ class _Halo(torch.autograd.Function):
             delta = (grad * out).sum(-1, keepdim=True)
             if of_lse is not None:
                 delta = delta - of_lse
-            work = _Pass(plan, q, ctx.scale, hidden, ctx.dropout, ctx.seed)
+            work = _Pass(plan, q, ctx.scale, hidden, rpb, ctx.dropout, ctx.seed)
             back = _backward(work, k, v, logs, delta, grad.contiguous(), ctx.scale)
-        needed = ctx.needs_input_grad
-        return (*(d if want else None for d, want in zip(back, needed, strict=False)), *nothing)
+        dtable = None if work.table is None or rpb is None else work.table.gradient().to(rpb.dtype)
+        each = zip((*back, dtable), needed, strict=True)
+        dq, dk, dv, dtable = (d if want else None for d, want in each)
+        return dq, dk, dv, None, dtable, None, None, None
 
     @staticmethod
-    def _again(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _again(
+        ctx: Any, grads: Sequence[Tensor | None], needed: Sequence[bool]
+    ) -> list[Tensor | None]:
         """Gradients that can be differentiated once more."""
         if ctx.dropout:
             raise ZooError("a second derivative through windows with dropout is not possible")
-        q, k, v, hidden, _, _ = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
+        q, k, v, hidden, rpb, _, _ = ctx.saved_tensors
         with full_precision(q):
-            outs = _plain(q, k, v, hidden, ctx.plan, ctx.scale)
+            outs = plain(q, k, v, hidden, rpb, ctx.plan, ctx.scale)
         pairs = zip(outs, grads, strict=True)
         chosen = [(y, g) for y, g in pairs if g is not None and y.requires_grad]
-        wanted = [x for x, want in zip((q, k, v), needed, strict=True) if want]
+        wanted = [x for x, want in zip((q, k, v, rpb), needed, strict=True) if want]
         found = iter(
             torch.autograd.grad(
                 [y for y, _ in chosen],
@@ -384,6 +316,8 @@ def halo_attention(
     *,
     scale: float,
     mask: Tensor | None = None,
+    rpb: Tensor | None = None,
+    key_bias: Tensor | None = None,
     dropout: float = 0.0,
     sizes: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -397,6 +331,8 @@ def halo_attention(
         windows: The window of each axis.
         scale: Factor on dot products.
         mask: Keys not hidden, (B|1, S) boolean, or None.
+        rpb: Added to the scores by the distance of key and query, (H, 2 w - 1, ..), or None.
+        key_bias: Added to the scores of keys, a constant, (B|1, S), or None.
         dropout: On the weights.
         sizes: Queries of a block along each axis; default by size.
 
@@ -408,15 +344,27 @@ def halo_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     k, v = repeat_heads(k, heads), repeat_heads(v, heads)
     if not q.numel() or not v.numel():
-        nothing = (q.sum() + k.sum() + v.sum()).to(wide)  # an empty sum that hangs on all three
+        nothing = (q.sum() + k.sum() + v.sum()).to(wide)  # an empty sum that hangs on all of them
+        nothing = nothing if rpb is None else nothing + 0.0 * rpb.sum()
         out = nothing.to(v.dtype).expand(*q.shape[:3], v.shape[3])
         return out, nothing.expand(q.shape[:3])
     dtype = v.dtype
-    flat = [x.to(wide).flatten(0, 1).contiguous() for x in (q, k, v)]
     hidden = None
-    if mask is not None:
+    if mask is not None or key_bias is not None:
         hidden = q.new_zeros(samples, length, dtype=wide)
-        hidden = hidden.masked_fill(~mask, -torch.inf).repeat_interleave(heads, 0)
-    plan = make_plan(tuple(shape), tuple(windows), samples * heads, wide, q.device, sizes)
-    out, lse = _Halo.apply(*flat, hidden, plan, scale, dropout)
-    return out.unflatten(0, (samples, heads)).to(dtype), lse.view(samples, heads, length)
+        hidden = hidden if key_bias is None else hidden + key_bias.detach()
+        hidden = hidden if mask is None else hidden.masked_fill(~mask, -torch.inf)
+        hidden = hidden[:, None].expand(-1, heads, -1)
+    table, given = None, [q, k, v, hidden]
+    if rpb is not None:  # the samples of a head, which share its table, follow one another
+        table = rpb.flatten(1)
+        given = [None if x is None else x.transpose(0, 1) for x in given]
+    flat = [None if x is None else x.to(wide).flatten(0, 1).contiguous() for x in given]
+    size = tuple(shape), tuple(windows), samples * heads
+    plan = make_plan(*size, wide, q.device, sizes, relative=rpb is not None)
+    out, lse = _Halo.apply(*flat, table, plan, scale, dropout)
+    lead = (samples, heads) if rpb is None else (heads, samples)
+    out, lse = out.unflatten(0, lead), lse[..., 0].unflatten(0, lead)
+    if rpb is not None:
+        out, lse = out.transpose(0, 1), lse.transpose(0, 1)
+    return out.to(dtype), lse

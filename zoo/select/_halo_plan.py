@@ -78,11 +78,14 @@ class Block(NamedTuple):
         rows: Queries of the strip.
         keys: Keys of the strip.
         mask: 0 where a pair may meet and -inf where not, (1 or strips, R, K).
+        offsets: Where a flattened table of relative positions has the entry of a pair, of the same
+            shape; pairs that may not meet point behind its end. None where no table was announced.
     """
 
     rows: slice
     keys: slice
     mask: Tensor
+    offsets: Tensor | None = None
 
 
 class Tile(NamedTuple):
@@ -128,20 +131,35 @@ def _cost(
     return pairs * (1 + SLIM / rows) + copied * COPIED + steps * STEP
 
 
-def _axis(size: int, tile: int, window: Window) -> tuple[list[Tile], int, Tensor]:
-    """Cut a further axis: its tiles, their keys, and who sees whom, (tiles, rows, keys)."""
+def _gaps(rows: Tensor, keys: Tensor, window: Window) -> Tensor:
+    """Entries along one axis of a table of relative positions, clipped outside of windows."""
+    return torch.clamp(keys - rows + window.width - 1, min=0, max=2 * window.width - 2)
+
+
+def _axis(size: int, tile: int, window: Window) -> tuple[list[Tile], int, Tensor, Tensor]:
+    """Cut a further axis: its tiles, their keys, who sees whom, and gaps, (tiles, rows, keys)."""
     index = torch.arange(size)
     first, stop = window.bounds(index, size)
     starts = range(0, size, tile)
     ends = [min(s + tile, size) for s in starts]
     wide = max(int(stop[e - 1] - first[s]) for s, e in zip(starts, ends, strict=True))
     tiles, seen = [], torch.ones(len(ends), tile, wide, dtype=torch.bool)
+    gaps = torch.zeros(seen.shape, dtype=torch.int64)
     for n, (s, e) in enumerate(zip(starts, ends, strict=True)):
         left = min(int(first[s]), size - wide)
         tiles.append(Tile(slice(s, e), slice(left, left + wide)))
         # Rows that fill up the last tile see everything, and nothing comes of it.
         seen[n, : e - s] = window.allowed(index[s:e, None], index[left : left + wide], size)
-    return tiles, wide, seen
+        gaps[n, : e - s] = _gaps(index[s:e, None], index[left : left + wide], window)
+    return tiles, wide, seen, gaps
+
+
+def _product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of two axes, (tiles, rows, keys) each, as two factors of the shape of their product."""
+    sizes = [x * y for x, y in zip(a.shape, b.shape, strict=True)]
+    shape = [n for pair in zip(a.shape, b.shape, strict=True) for n in pair]
+    wide = a[:, None, :, None, :, None].expand(shape), b[None, :, None, :, None].expand(shape)
+    return wide[0].reshape(sizes), wide[1].reshape(sizes)
 
 
 @lru_cache(maxsize=32)
@@ -152,6 +170,7 @@ def make_plan(
     dtype: torch.dtype,
     device: torch.device,
     sizes: tuple[int, ...] | None = None,
+    relative: bool = False,
 ) -> Plan:
     """Cut a grid into blocks.
 
@@ -162,6 +181,7 @@ def make_plan(
         dtype: Of the scores.
         device: Where the masks go.
         sizes: Queries of a block along each axis; default by a rough estimate of the time.
+        relative: Make the offsets into a table of relative positions.
     """
     with torch.no_grad():
         if sizes is None:
@@ -172,16 +192,20 @@ def make_plan(
             _axis(n, min(n, t), w)
             for n, t, w in zip(shape[1:], sizes[1:], windows[1:], strict=True)
         ]
-        strips = tuple(itertools.product(*(tiles for tiles, _, _ in axes)))
-        # Pairs along the further axes, (strips, rows, keys).
-        across = torch.ones(1, 1, 1, dtype=torch.bool)
-        for _, _, seen in axes:
-            across = across[:, None, :, None, :, None] & seen[None, :, None, :, None, :]
-            across = across.flatten(0, 1).flatten(1, 2).flatten(2, 3)
-        if bool((across == across[:1]).all()):
-            across = across[:1]
+        strips = tuple(itertools.product(*(axis[0] for axis in axes)))
+        # Pairs along the further axes and their entries, (strips, rows, keys).
+        across, entries = torch.ones(1, 1, 1, dtype=torch.bool), torch.zeros(1, 1, 1).long()
+        table = 1
+        for (_, _, seen, gaps), window in zip(axes, windows[1:], strict=True):
+            across = torch.logical_and(*_product(across, seen))
+            before, here = _product(entries, gaps)
+            entries = before * (2 * window.width - 1) + here
+            table *= 2 * window.width - 1
+        alike = bool((across == across[:1]).all())
+        if alike and not (relative and bool((entries != entries[:1]).any())):
+            across, entries = across[:1], entries[:1]
         high, wide = across.shape[1:]
-        blocks, known = [], dict[tuple[Any, ...], Tensor]()
+        blocks, known = [], dict[tuple[Any, ...], tuple[Tensor, Tensor | None]]()
         index = torch.arange(shape[0])
         first, stop = windows[0].bounds(index, shape[0])
         for s in range(0, shape[0], sizes[0]):
@@ -189,14 +213,21 @@ def make_plan(
             left, right = int(first[s]), int(stop[e - 1])
             # Blocks that see the same relative to themselves share a mask.
             key = (e - s, right - left, *(first[s:e] - left).tolist(), *(stop[s:e] - left).tolist())
+            key = (*key, left - s) if relative else key
             if key not in known:
-                along = windows[0].allowed(index[s:e, None], index[left:right], shape[0])
-                seen = along[:, None, :, None] & across[:, None, :, None]
-                seen = seen.flatten(1, 2).flatten(2, 3)
+                pairs = index[s:e, None], index[left:right]
+                along = windows[0].allowed(*pairs, shape[0])[None]
+                seen = torch.logical_and(*_product(along, across))
                 mask = torch.zeros(seen.shape, dtype=dtype)
-                known[key] = mask.masked_fill_(~seen, -torch.inf).to(device)
+                mask = mask.masked_fill_(~seen, -torch.inf).to(device)
+                offsets = None
+                if relative:
+                    down, here = _product(_gaps(*pairs, windows[0])[None], entries)
+                    behind = table * (2 * windows[0].width - 1)
+                    offsets = (down * table + here).masked_fill_(~seen, behind).int().to(device)
+                known[key] = mask, offsets
             rows, keys = slice(s * high, e * high), slice(left * wide, right * wide)
-            blocks.append(Block(rows, keys, known[key]))
-        tile_rows = tuple(seen.shape[1] for _, _, seen in axes)
-        tile_keys = tuple(wide for _, wide, _ in axes)
+            blocks.append(Block(rows, keys, *known[key]))
+        tile_rows = tuple(axis[2].shape[1] for axis in axes)
+        tile_keys = tuple(axis[1] for axis in axes)
     return Plan(shape, strips, tile_rows, tile_keys, tuple(blocks))

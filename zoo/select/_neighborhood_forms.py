@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
@@ -15,6 +16,7 @@ from zoo.parts import full_precision, mask_scores, repeat_heads
 from zoo.select._flex import flex_windows, refuse_flex
 from zoo.select._grid import Grid, window_tiles
 from zoo.select._halo_plan import Window
+from zoo.select._neighborhood_input import check_extra, check_tensors
 
 T = TypeVar("T")
 BACKENDS = ("auto", "reference", "gather", "torch", "flex", "triton")
@@ -128,6 +130,8 @@ class Inputs(NamedTuple):
         extra: Keys and values that every query sees, (B, G, X, D) and (B, G, X, E), or None.
         lse: The logarithms of the rows' sums are wanted.
         by_name: The backend was asked for by name.
+        key_bias: Added to the scores of keys, a constant, (B|1, S), or None.
+        dropout: On the weights.
     """
 
     q: Tensor
@@ -139,6 +143,8 @@ class Inputs(NamedTuple):
     extra: tuple[Tensor, Tensor] | None = None
     lse: bool = False
     by_name: bool = False
+    key_bias: Tensor | None = None
+    dropout: float = 0.0
 
 
 def _softmax(scores: Tensor, mask: Tensor, given: Inputs) -> tuple[Tensor, Tensor]:
@@ -147,7 +153,7 @@ def _softmax(scores: Tensor, mask: Tensor, given: Inputs) -> tuple[Tensor, Tenso
     if given.extra is not None:
         keys = repeat_heads(given.extra[0], given.q.shape[1])
         scores = torch.cat([scores, (given.q @ keys.mT).to(scores.dtype) * given.scale], -1)
-    return scores.softmax(-1), scores.logsumexp(-1)
+    return F.dropout(scores.softmax(-1), given.dropout), scores.logsumexp(-1)
 
 
 def _add_extra(y: Tensor, weights: Tensor, given: Inputs) -> Tensor:
@@ -164,6 +170,8 @@ def reference(given: Inputs) -> tuple[Tensor, Tensor]:
     if given.rpb is not None:
         index = torch.arange(q.shape[2], device=q.device)
         scores = scores + given.rpb.flatten(1)[:, grid.offsets(index[:, None], index)]
+    if given.key_bias is not None:
+        scores = scores + given.key_bias[:, None, None]
     weights, lse = _softmax(scores, grid.mask(q.device), given)
     near = weights[..., : k.shape[2]] @ v
     return _add_extra(near, weights[..., k.shape[2] :], given), lse
@@ -179,6 +187,8 @@ def gather(given: Inputs) -> tuple[Tensor, Tensor]:
     if given.rpb is not None:
         index = torch.arange(q.shape[2], device=q.device)[:, None]
         scores = scores + given.rpb.flatten(1)[:, grid.offsets(index, table)]
+    if given.key_bias is not None:
+        scores = scores + given.key_bias[:, None, table]
     weights, lse = _softmax(scores, counts, given)
     values = v.index_select(2, table.flatten()).unflatten(2, table.shape)
     y = torch.einsum("bhsk,bhskd->bhsd", weights[..., : table.shape[1]], values)
@@ -188,7 +198,8 @@ def gather(given: Inputs) -> tuple[Tensor, Tensor]:
 def tiles(given: Inputs) -> tuple[Tensor, Tensor]:
     """Tiles of queries with the halos of their keys."""
     q, k, v, grid, scale = given[:5]
-    out, lse = window_tiles(q, k, v, grid, scale=scale)
+    more: dict[str, Any] = {"rpb": given.rpb, "key_bias": given.key_bias}
+    out, lse = window_tiles(q, k, v, grid, scale=scale, dropout=given.dropout, **more)
     if given.extra is None:
         return out, lse
     keys, values = (repeat_heads(x, q.shape[1]) for x in given.extra)
@@ -226,6 +237,10 @@ def _refuse_extras(given: Inputs) -> str | None:
         return "it takes no relative position bias (rpb)"
     if given.extra is not None:
         return "it takes no additional keys"
+    if given.key_bias is not None:
+        return "it takes no bias on keys (key_bias)"
+    if given.dropout:
+        return "it has no dropout on the weights"
     return "it returns no log-sum-exp" if given.lse else None
 
 
@@ -252,8 +267,8 @@ def _refuse_flex(given: Inputs) -> str | None:
 
 def refuse_tiles(given: Inputs) -> str | None:
     """Why the tiles cannot take this, or None."""
-    if given.rpb is not None:
-        return "it takes no relative position bias (rpb)"
+    if given.dropout and given.extra is not None:
+        return "it has no dropout on the weights of additional keys"
     if given.q.is_meta:
         return "it looks at numbers, and meta tensors have none"
     if torch.compiler.is_compiling():
@@ -273,21 +288,6 @@ _FORMS: dict[str, _Form] = {
 }
 
 
-def check_rpb(kernel: Sequence[int], causal: Sequence[bool]) -> None:
-    """Refuse windows for which a relative position bias is not defined.
-
-    Raises:
-        ZooError: Names the axis.
-    """
-    for axis, (w, c) in enumerate(zip(kernel, causal, strict=True)):
-        if w % 2 == 0:
-            raise ZooError(
-                f"a relative position bias needs odd windows, but kernel_size={w} of axis {axis}"
-            )
-        if c:
-            raise ZooError(f"a relative position bias is not defined with causal axis {axis}")
-
-
 def neighborhood_attention(
     q: Tensor,
     k: Tensor,
@@ -302,6 +302,8 @@ def neighborhood_attention(
     rpb: Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    dropout: float = 0.0,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -321,6 +323,8 @@ def neighborhood_attention(
             axis for each of the grid's; for odd windows that are not causal.
         additional_keys: Keys that every query sees, (B, G, X, D), in one softmax with the others.
         additional_values: Their values, (B, G, X, E).
+        key_bias: Added to the scores of keys, a constant without gradient, (B|1, S).
+        dropout: Rate on the weights, at every call.
         return_lse: Also return the natural logarithm of each row's sum.
         backend: "auto" takes the Triton kernel on CUDA and tiles elsewhere; "torch" (tiles),
             "triton", "flex", "gather" (a copy of its keys for each query) or "reference" (S x S).
@@ -332,30 +336,14 @@ def neighborhood_attention(
         ZooError: An argument that does not fit, or a backend that cannot take it.
     """
     grid = make_grid(shape, kernel_size, dilation, stride, is_causal)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4 or x.shape[0] != q.shape[0] or x.shape[2] != grid.length:
-            raise ZooError(
-                f"{name} of shape {tuple(x.shape)} must be (batch, heads, {grid.length}, width) "
-                f"for the grid {grid.shape}"
-            )
-        if not x.is_floating_point() or x.dtype != q.dtype:
-            raise ZooError(f"{name} has dtype {x.dtype}; allowed: one floating type for q, k and v")
-    heads, groups = q.shape[1], k.shape[1]
-    if k.shape[3] != q.shape[3] or v.shape[1] != groups or groups < 1 or heads % groups:
-        raise ZooError(
-            f"k {tuple(k.shape)} and v {tuple(v.shape)} must have the same heads, a divisor of "
-            f"the {heads} of q, and k the width {q.shape[3]} of q"
-        )
-    if rpb is not None:
-        check_rpb([w.width for w in grid.windows], [w.causal for w in grid.windows])
-        wanted = (heads, *(2 * w.width - 1 for w in grid.windows))
-        if tuple(rpb.shape) != wanted:
-            raise ZooError(f"rpb of shape {tuple(rpb.shape)} does not fit; allowed: {wanted}")
-    extra = _check_extra(q, k, v, additional_keys, additional_values)
+    check_tensors(q, k, v, grid, rpb, key_bias, dropout)
+    extra = check_extra(q, k, v, additional_keys, additional_values)
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    given = Inputs(q, k, v, grid, scale, rpb, extra, return_lse, backend != "auto")
+    by_name = backend != "auto"
+    key_bias = None if key_bias is None else key_bias.detach()
+    given = Inputs(q, k, v, grid, scale, rpb, extra, return_lse, by_name, key_bias, dropout)
     if backend == "auto":
         order = ("triton", "torch", "gather")
         backend = next(name for name in order if not _FORMS[name][0](given))
@@ -365,21 +353,3 @@ def neighborhood_attention(
         raise ZooError(f"backend={backend!r} cannot take this: {reason}")
     out, lse = run(given)
     return (out, lse) if return_lse else out
-
-
-def _check_extra(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    if keys is None and values is None:
-        return None
-    if keys is None or values is None:
-        raise ZooError("additional_keys and additional_values belong together; one is None")
-    count = keys.shape[2] if keys.ndim == 4 else 0
-    wanted = [(q.shape[0], k.shape[1], count, x.shape[3]) for x in (k, v)]
-    if count < 1 or tuple(keys.shape) != wanted[0] or tuple(values.shape) != wanted[1]:
-        raise ZooError(
-            f"additional_keys {tuple(keys.shape)} and additional_values {tuple(values.shape)} "
-            f"must be (batch {q.shape[0]}, heads {k.shape[1]}, at least 1, width) with the widths "
-            f"{k.shape[3]} and {v.shape[3]}"
-        )
-    return keys, values

@@ -45,6 +45,7 @@ from zoo.select import _neighborhood_forms as forms
 from zoo.select._flex import flex_windows, refuse_flex
 from zoo.select._grid import Grid, axis_allowed
 from zoo.select._neighborhood_forms import na_mask, neighborhood_attention
+from zoo.select._neighborhood_input import check_rpb
 
 if TYPE_CHECKING:
     from zoo.attention import Attention
@@ -227,7 +228,7 @@ class Neighborhood(Select):
         self.windows = forms.make_windows(self.kernel, self.stride, self.causal_axes)
         self.rpb: nn.Parameter | None = None
         if rel_pos_bias:
-            forms.check_rpb(self.kernel, self.causal_axes)
+            check_rpb(self.kernel, self.causal_axes)
             sizes = (2 * w - 1 for w in self.kernel)
             shape = (layout.score_heads, *sizes)
             self.rpb = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

@@ -137,6 +137,14 @@ class TokenAttention(nn.Module):
             **self.options,
         )
         assert isinstance(host, Attention)
+        for part in host.socket_parts():
+            if part.insert_every is not None:
+                # Without tokens of its own it would do nothing, and say nothing.
+                raise CompatibilityError(
+                    f"{host.part_names[part.kind]!r} needs a token of its own after every "
+                    f"{part.insert_every} tokens, which no model of timm puts there; use it in "
+                    "zoo.models.create('decoder_lm')"
+                )
         if own_norm:
             host.q_norm = norm_layer(host.layout.qk_dim, **made)
             host.k_norm = norm_layer(host.layout.qk_dim, **made)
