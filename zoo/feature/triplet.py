@@ -26,7 +26,6 @@ about five times as much, and its convolutions cost more than all of that on a C
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -62,6 +61,14 @@ def triplet_attention_reference(
     return total / len(gates)
 
 
+class _Layers(nn.Module):
+    """Convolution and BatchNorm, by the names of the official code."""
+
+    def __init__(self, conv: PlaneConv, bn: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv, self.bn = conv, bn
+
+
 class Branch(nn.Module):
     """One gate: convolution, BatchNorm and sigmoid on pooled planes.
 
@@ -81,15 +88,14 @@ class Branch(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        # Named as in the official code: conv.conv.weight, conv.bn.weight ...
         conv = PlaneConv(kernel_size, device=device, dtype=dtype)
         norm = nn.BatchNorm2d(1, momentum=momentum, device=device, dtype=dtype)
-        self.conv = nn.Sequential(OrderedDict(conv=conv, bn=norm))
+        self.conv = _Layers(conv, norm)
 
     def forward(self, z: Tensor) -> Tensor:
         """Planes (B, 2, P, Q) to gates (B, 1, P, Q)."""
-        u = self.conv.conv(z)
-        return self.conv.bn(u.to(self.conv.conv.weight.dtype)).sigmoid()
+        u = self.conv.conv(z).to(self.conv.conv.weight.dtype)
+        return self.conv.bn(u).sigmoid()
 
     def plain(self, z: Tensor) -> Tensor:
         """The same by PyTorch's own convolution."""
@@ -172,7 +178,7 @@ class TripletAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Start as the official ResNets do; the branch hw at a gate of 0.5."""
         for name in self.branches:
-            branch = self.get_submodule(name).conv
+            branch = self._branch(name).conv
             nn.init.kaiming_normal_(branch.conv.weight, mode="fan_out", nonlinearity="relu")
             branch.bn.reset_parameters()
             if name == "hw":
@@ -193,7 +199,7 @@ class TripletAttention(nn.Module):
             raise ZooError(f"x has dtype {x.dtype}; allowed: floating point")
         if 0 in x.shape:
             raise ZooError(f"x of shape {tuple(x.shape)} has an empty axis; allowed: at least 1")
-        parts = {name: self.get_submodule(name) for name in self.branches}
+        parts = {name: self._branch(name) for name in self.branches}
         if self.route == "reference":
             return triplet_attention_reference(x, {n: part.plain for n, part in parts.items()})
         if self.route not in (None, "fused"):
@@ -207,6 +213,11 @@ class TripletAttention(nn.Module):
             found = part(z.transpose(2, 3) if turned else z).squeeze(1)
             gates.append(found.transpose(1, 2) if turned else found)
         return gate(x, axes, gates)
+
+    def _branch(self, name: str) -> Branch:
+        branch = self.get_submodule(name)
+        assert isinstance(branch, Branch)
+        return branch
 
     def extra_repr(self) -> str:
         """Options, for printing."""
