@@ -12,8 +12,9 @@ from contract_subject import draw
 from tolerances import assert_close
 
 import zoo
+from zoo import flops
 from zoo.errors import ZooError
-from zoo.feature import _triplet_maps
+from zoo.feature import _triplet_maps, _triplet_planes
 from zoo.feature._triplet_planes import PlaneConv
 from zoo.feature.triplet import TripletAttention
 from zoo.models.vision import resnet
@@ -27,6 +28,12 @@ CONTRACT_OPTIONS = [
 ]
 ROUTES = ("fused", "reference")
 FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+@pytest.fixture(params=["bands", "steps"])
+def planes(request, monkeypatch):
+    """Both ways to convolve planes, whatever their size."""
+    monkeypatch.setattr(_triplet_planes, "SHORT", {"bands": 100, "steps": 0}[request.param])
 
 
 def build(route="fused", noise=0.3, **options):
@@ -65,7 +72,7 @@ def golden_module(tensors, route, dtype=torch.float64, **options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("memory", FORMATS)
 @pytest.mark.parametrize("route", ROUTES)
-def test_golden(golden, route, memory, dtype):
+def test_golden(golden, route, memory, dtype, planes):
     tensors, _ = golden("triplet")
     x, w = (tensors[f"in.{n}"].to(dtype).contiguous(memory_format=memory) for n in "xw")
     module = golden_module(tensors, route, dtype).eval()
@@ -101,8 +108,9 @@ CASES = [(o, t) for o in OPTIONS for t in (True, False) if not (t and o.get("ker
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("options", "training"), CASES)
-def test_fused_equals_reference(options, shape, training, monkeypatch):
+def test_fused_equals_reference(options, shape, training, monkeypatch, planes):
     monkeypatch.setattr(_triplet_maps, "LOT_BYTES", 1)  # a sample at a time
+    monkeypatch.setattr(_triplet_maps, "SMALL", 0)
     module = build(**options).train(training)
     x, w = draw(*shape), draw(*shape, seed=1)
     buffers = {n: b.clone() for n, b in module.named_buffers()}
@@ -120,8 +128,9 @@ def test_fused_equals_reference(options, shape, training, monkeypatch):
 
 
 @pytest.mark.parametrize("memory", FORMATS)
-def test_ties_give_all_to_the_first(memory):
+def test_ties_give_all_to_the_first(memory, monkeypatch):
     """Whole numbers tie everywhere; `amax` would split what the official code gives to one."""
+    monkeypatch.setattr(_triplet_maps, "SMALL", 0)
     x = draw(4, 6, 40, 5).round().contiguous(memory_format=memory)
     module = build(kernel_size=3).train()
     found, module.route = settle(module, x, w := draw(*x.shape, seed=1)), "reference"
@@ -140,7 +149,7 @@ def test_without_gradients_nothing_is_located(monkeypatch):
         assert torch.equal(module(x.requires_grad_()), expected)
 
 
-def test_second_derivatives():
+def test_second_derivatives(planes):
     module = build(kernel_size=3).train()
     x = draw(2, 3, 3, 4).requires_grad_()
     assert torch.autograd.gradgradcheck(module, (x,))
@@ -153,7 +162,7 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(of_weight, (weight,))
 
 
-def test_plane_convolution_alone():
+def test_plane_convolution_alone(planes):
     conv = PlaneConv(5, dtype=torch.float64)
     z = draw(3, 2, 4, 7)
     expected = F.conv2d(z, conv.weight, padding=2)
@@ -165,9 +174,17 @@ def test_plane_convolution_alone():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own clones
-def test_the_operator_is_well_formed():
+def test_the_operator_is_well_formed(planes):
     z, weight = draw(2, 2, 4, 3).requires_grad_(), draw(1, 2, 3, 3).requires_grad_()
     torch.library.opcheck(torch.ops.zoo.triplet_planes.default, (z, weight))
+
+
+def test_operations_are_those_of_the_convolutions():
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    module = TripletAttention(kernel_size=3)
+    products = 2 * 2 * 2 * 9 * (3 * 5 + 4 * 3 + 4 * 5)
+    assert flops.count(lambda: module(x)) == products
+    assert flops.count(lambda: module(x).sum().backward()) == 3 * products
 
 
 def test_by_hand():

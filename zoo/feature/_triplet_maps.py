@@ -19,8 +19,10 @@ from torch import Tensor
 
 # Bytes of x in a lot. A handful of buffers of that size stay in a core's own and shared cache.
 LOT_BYTES = 2**21
-# Along memory, axes shorter than this are quicker element by element.
+# Along memory, axes shorter than this are quicker element by element, and so are maps with fewer
+# elements than that.
 SHORT = 32
+SMALL = 2**15
 
 
 def _plain(x: Tensor) -> bool:
@@ -44,6 +46,8 @@ def _lots(x: Tensor) -> Iterator[slice]:
 def _max(x: Tensor, dim: int) -> Tensor:
     """Maximum along an axis, which is kept."""
     n = x.shape[dim]
+    if x.numel() < SMALL:
+        return x.amax(dim, keepdim=True)
     while n > 1:
         half = (n + 1) // 2  # the halves of an odd axis share its middle
         x = torch.maximum(x.narrow(dim, 0, half), x.narrow(dim, n - half, half))
@@ -68,7 +72,7 @@ def _sum(x: Tensor, dim: int) -> Tensor:
 def _max_and_place(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Maximum and the index of its first occurrence along an axis, which is kept."""
     n = x.shape[dim]
-    if x.stride(dim) == 1 and n < SHORT:
+    if x.numel() < SMALL or (x.stride(dim) == 1 and n < SHORT):
         return x.max(dim, keepdim=True)
     top = _max(x, dim)
     # Where x is the maximum, how far it is from the end; the first of them is the farthest.

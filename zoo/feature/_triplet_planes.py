@@ -13,13 +13,19 @@ of products are summed along the diagonal steps:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
+from zoo.feature._triplet_bands import Bands
 from zoo.parts import full_precision
+
+# Planes with an axis of so many elements or fewer go through band matrices.
+SHORT = 16
 
 
 class _Signal:
@@ -79,8 +85,10 @@ class _Signal:
 @torch.library.custom_op("zoo::triplet_planes", mutates_args=())
 def _correlate(z: Tensor, weight: Tensor) -> Tensor:
     """Planes (B, 2, P, Q) and a kernel (1, 2, k, k) to planes (B, 1, P, Q)."""
-    signal = _Signal(z.shape[0], z.shape[2], z.shape[3], weight.shape[-1])
     with full_precision(z):
+        if z.shape[3] <= SHORT:
+            return Bands(z.shape[0], z.shape[2], z.shape[3], weight.shape[-1]).forward(z, weight)
+        signal = _Signal(z.shape[0], z.shape[2], z.shape[3], weight.shape[-1])
         y = _matrix(weight) @ signal.along_rows(signal.write(z))
     return signal.read(signal.sum_rows(y)).transpose(0, 1).contiguous()
 
@@ -88,14 +96,17 @@ def _correlate(z: Tensor, weight: Tensor) -> Tensor:
 @torch.library.custom_op("zoo::triplet_planes_backward", mutates_args=())
 def _correlate_backward(grad: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of planes and kernel."""
-    signal = _Signal(z.shape[0], z.shape[2], z.shape[3], weight.shape[-1])
-    flat = grad.new_zeros(1, signal.length)
-    signal.read(flat).copy_(grad.transpose(0, 1))
-    dy = signal.spread_rows(flat)
     with full_precision(z):
-        du = _matrix(weight).t() @ dy
+        if z.shape[3] <= SHORT:
+            bands = Bands(z.shape[0], z.shape[2], z.shape[3], weight.shape[-1])
+            return bands.backward(grad, z, weight)
+        signal = _Signal(z.shape[0], z.shape[2], z.shape[3], weight.shape[-1])
+        flat = grad.new_zeros(1, signal.length)
+        signal.read(flat).copy_(grad.transpose(0, 1))
+        dy = signal.spread_rows(flat)
+        ds = signal.sum_steps(_matrix(weight).t() @ dy)
         dw = dy @ signal.along_rows(signal.write(z)).t()
-    dz = signal.read(signal.sum_steps(du)).transpose(0, 1).contiguous()
+    dz = signal.read(ds).transpose(0, 1).contiguous()
     return dz, dw.unflatten(1, (2, -1)).transpose(0, 1)[None].contiguous()
 
 
@@ -112,6 +123,17 @@ def _(z: Tensor, weight: Tensor) -> Tensor:
 @_correlate_backward.register_fake
 def _(grad: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), weight.new_empty(weight.shape)
+
+
+@register_flop_formula(torch.ops.zoo.triplet_planes)
+def _flops(z: Any, weight: Any, **kwargs: Any) -> int:
+    """Those of the convolution itself, whatever the products do on top."""
+    return 2 * math.prod(z) * math.prod(weight[2:])
+
+
+@register_flop_formula(torch.ops.zoo.triplet_planes_backward)
+def _backward_flops(grad: Any, z: Any, weight: Any, **kwargs: Any) -> int:
+    return 2 * _flops(z, weight)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -161,6 +183,8 @@ class PlaneConv(nn.Conv2d):
         """Planes (B, 2, P, Q) to (B, 1, P, Q), in the planes' type and outside autocast."""
         weight = self.weight.to(z.dtype)
         if z.device.type == "cpu":
+            if z.shape[2] < z.shape[3]:  # the short axis last
+                return _correlate(z.transpose(2, 3), weight.transpose(2, 3)).transpose(2, 3)
             return _correlate(z, weight)
         with full_precision(z):
             return F.conv2d(z, weight, padding=self.padding)
