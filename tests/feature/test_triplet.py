@@ -99,7 +99,7 @@ OPTIONS = [
     {"kernel_size": 5, "branches": ["hw"]},
     {"kernel_size": 3, "branches": ("cw", "hw")},
 ]
-SHAPES = [(3, 5, 7, 4), (2, 1, 1, 2), (2, 3, 40, 37), (2, 9, 1, 6)]
+SHAPES = [(3, 5, 7, 4), (2, 1, 1, 2), (2, 3, 40, 37), (2, 9, 1, 6), (1, 32, 8, 9)]
 
 
 # In training BatchNorm takes the scale of a 1 x 1 kernel out again: its gradient is rounding alone.
@@ -138,6 +138,17 @@ def test_ties_give_all_to_the_first(memory, monkeypatch):
     assert_close(found["x"], expected["x"], "x", gradient=True)
     _, places = _triplet_maps._max_and_place(torch.zeros(1, 2, 3, 40), 3)
     assert not places.any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_formulas_for_compilers_and_other_devices(training, monkeypatch):
+    monkeypatch.setattr(_triplet_maps, "_plain", lambda x: True)
+    x, w = draw(3, 5, 7, 4).round(decimals=0), draw(3, 5, 7, 4, seed=1)
+    module = build("reference", kernel_size=3).train(training)
+    expected = settle(module, x, w)
+    module.route = "fused"
+    for name, value in settle(module, x, w).items():
+        assert_close(value, expected[name], name, gradient=name != "y")
 
 
 def test_without_gradients_nothing_is_located(monkeypatch):

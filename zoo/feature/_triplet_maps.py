@@ -6,7 +6,7 @@ gates and the places of the maxima, and writes one gradient of the size of x: th
 share to what the gating has written.
 
 A maximum by halves (`torch.maximum` of two halves of an axis) is vectorised along whichever axis is
-contiguous; `amax` is not, and `max` with indices goes element by element.
+contiguous; `amax` is so in a few layouts only, and `max` with indices goes element by element.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ LOT_BYTES = 2**21
 # elements than that.
 SHORT = 32
 SMALL = 2**15
+# Elements that `amax` takes at once; along memory it wants a multiple of them.
+LANES = 32
 
 
 def _plain(x: Tensor) -> bool:
@@ -46,7 +48,8 @@ def _lots(x: Tensor) -> Iterator[slice]:
 def _max(x: Tensor, dim: int) -> Tensor:
     """Maximum along an axis, which is kept."""
     n = x.shape[dim]
-    if x.numel() < SMALL:
+    across = dim == 1 and x.is_contiguous() and x.stride(1) >= 2 * LANES
+    if x.numel() < SMALL or across or (x.stride(dim) == 1 and n % LANES == 0):
         return x.amax(dim, keepdim=True)
     while n > 1:
         half = (n + 1) // 2  # the halves of an odd axis share its middle
