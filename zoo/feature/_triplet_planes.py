@@ -13,13 +13,11 @@ of products are summed along the diagonal steps:
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
 from zoo.feature._triplet_bands import Bands
 from zoo.parts import full_precision
@@ -123,17 +121,6 @@ def _(z: Tensor, weight: Tensor) -> Tensor:
 @_correlate_backward.register_fake
 def _(grad: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), weight.new_empty(weight.shape)
-
-
-@register_flop_formula(torch.ops.zoo.triplet_planes)
-def _flops(z: Any, weight: Any, **kwargs: Any) -> int:
-    """Those of the convolution itself, whatever the products do on top."""
-    return 2 * math.prod(z) * math.prod(weight[2:])
-
-
-@register_flop_formula(torch.ops.zoo.triplet_planes_backward)
-def _backward_flops(grad: Any, z: Any, weight: Any, **kwargs: Any) -> int:
-    return 2 * _flops(z, weight)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
