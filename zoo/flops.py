@@ -44,7 +44,10 @@ def _planes_backward(grad: Shape, z: Shape, weight: Shape, *args: Any, **kwargs:
 
 
 # Operators of mechanisms, which must not import the counter themselves: it brings triton along.
-_OWN = {"triplet_planes": _planes, "triplet_planes_backward": _planes_backward}
+_OWN: dict[str, Callable[..., int]] = {
+    "triplet_planes": _planes,
+    "triplet_planes_backward": _planes_backward,
+}
 
 
 def _own() -> dict[Any, Callable[..., int]]:
