@@ -46,8 +46,10 @@ class SoftPosition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map with its positions."""
-        y, w = (torch.linspace(0, 1, side, device=x.device, dtype=x.dtype) for x, side in (
-            (x, x.shape[2]), (x, x.shape[3])))
+        y, w = (
+            torch.linspace(0, 1, side, device=x.device, dtype=x.dtype)
+            for x, side in ((x, x.shape[2]), (x, x.shape[3]))
+        )
         grid = torch.stack(torch.meshgrid(y, w, indexing="ij"), -1)
         return x + self.embed(torch.cat([grid, 1 - grid], -1)).permute(2, 0, 1)
 
@@ -204,7 +206,10 @@ class TransformerDecoder(nn.Module):
         self.attend = nn.ModuleList(create("mha", width, heads) for _ in range(depth))
         self.mlps = nn.ModuleList(
             nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+                nn.LayerNorm(width),
+                nn.Linear(width, 2 * width),
+                nn.GELU(),
+                nn.Linear(2 * width, width),
             )
             for _ in range(depth)
         )
@@ -214,7 +219,9 @@ class TransformerDecoder(nn.Module):
         """Slots (B, K, D) to parts (B, K, C, H, W) and logits of the masks (B, K, H, W)."""
         s = self.slots(slots)
         x = self.queries.expand(len(s), -1, -1)
-        for norm, attend, mlp in zip(self.norms[:-1], self.attend[:-1], self.mlps[:-1], strict=True):
+        for norm, attend, mlp in zip(
+            self.norms[:-1], self.attend[:-1], self.mlps[:-1], strict=True
+        ):
             x = x + attend(norm(x), context=s)
             x = x + mlp(x)
         norm, attend, mlp = self.norms[-1], self.attend[-1], self.mlps[-1]

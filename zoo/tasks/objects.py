@@ -33,10 +33,11 @@ class ObjectFigures(Figures):
         self.loss = mean()
 
     def update(self, logits: Scene, batch: Batch) -> None:
-        """Take in scenes for images or videos with masks."""
-        refuse_too_many(batch["masks"], logits.masks.shape[-3])
-        for metric in self.masked():
-            metric.update(logits.masks, batch["masks"])
+        """Take in scenes for images or videos; those of folders may have no masks."""
+        if "masks" in batch:
+            refuse_too_many(batch["masks"], logits.masks.shape[-3])
+            for metric in self.masked():
+                metric.update(logits.masks, batch["masks"])
         self.loss.update(_errors(logits, batch))
 
     def masked(self) -> list[Metric]:
@@ -116,14 +117,18 @@ class ObjectDiscovery(Task):
         count = SAMPLES
         few = {key: value[:count] for key, value in batch.items()}
         scene = self.logits(few)
-        images, masks = pixels(few), few["masks"]
+        images, masks = pixels(few), few.get("masks")
         parts = scene.masks[..., None, :, :] * scene.parts
         if images.ndim == 5:  # one video, frame by frame
-            images, masks, parts = images[0], masks[0], parts[0]
+            images, parts = images[0], parts[0]
+            masks = None if masks is None else masks[0]
             scene = Scene(*(item[0] for item in scene))
         rows = []
         for i in range(len(images)):
-            truth = segments(torch.cat([~masks[i].any(0, keepdim=True), masks[i]]))
+            truth = None
+            if masks is not None:
+                truth = segments(torch.cat([~masks[i].any(0, keepdim=True), masks[i]]))
+            row: list[Tensor | None]
             row = [images[i], scene.image[i], truth, segments(scene.masks[i])]
             rows.append([*row, *parts[i]])
         slots = [f"slot {k}" for k in range(parts.shape[1])]

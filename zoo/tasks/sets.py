@@ -139,7 +139,9 @@ class PropertyPrediction(SetReconstruction):
             ZooError: They have no flag.
         """
         if not flagged:
-            raise ZooError("task 'properties' needs targets that end in a flag; task 'sets' does not")
+            raise ZooError(
+                "task 'properties' needs targets that end in a flag; task 'sets' does not"
+            )
 
     def make_figures(self) -> Figures:
         """Return fresh metrics for a split."""
