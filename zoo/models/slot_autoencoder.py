@@ -1,73 +1,57 @@
 """Object discovery: an image is taken apart into slots, and put together again.
 
-    inputs = encoder(2 x - 1),  s = slots(inputs),  (parts, logits) = decoder(s)
-    reconstruction = sum over k of softmax over slots(logits)_k parts_k
+    inputs = encoder(2 x - 1),   s = slots(inputs),   (parts, logits) = decoder(s)
+    image = sum over K of softmax over K of (logits) * parts
 
-Locatello et al. 2020, "Object-Centric Learning with Slot Attention" (arXiv 2006.15055). In a video
-the slots of a frame begin where those of the frame before ended (Zhang et al. 2023, arXiv
-2301.13197). Outside training the slots are drawn from a generator of one seed, so that the same
-batch gives the same figures.
+Locatello et al. 2020, "Object-Centric Learning with Slot Attention" (arXiv 2006.15055), section on
+object discovery, for images x from 0 to 1. In a video the slots of a frame begin where those of
+the frame before ended (Zhang et al. 2023, arXiv 2301.13197). Nearly all of the cost is that of the
+convolutions, most of it in the decoder, which runs once for each slot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError, unknown
-from zoo.factory import create
 from zoo.models import model
 from zoo.models._sizes import check_image_shape, check_whole
-from zoo.models._slot_coders import (
-    BroadcastDecoder,
-    ConvEncoder,
-    Scene,
-    TokenEncoder,
-    TransformerDecoder,
-)
+from zoo.models._slot_decoders import BroadcastDecoder, TransformerDecoder
+from zoo.models._slot_encoders import ConvEncoder, TokenEncoder
+from zoo.models._slot_module import chance, slot_count, slot_module
 from zoo.slots import SlotVideo
-from zoo.spec import parse
-
-SEED = 0
-"""Of what is drawn outside training."""
 
 
-def slot_module(spec: str, dim_in: int, dim: int, slots: int) -> nn.Module:
-    """Build a module of kind "slots" from its specification.
+class Scene(NamedTuple):
+    """What an object-discovery model makes of images (B, ...) or videos (B, T, ...).
 
     Args:
-        spec: Such as "slot", "slot(normalizer=sinkhorn)" or "mesh".
-        dim_in: Channels of the inputs.
-        dim: Channels of a slot.
-        slots: Number of slots K.
-
-    Raises:
-        ZooError: It is of another kind, or an option is wrong.
+        image: Reconstruction (..., C, H, W).
+        masks: Share of each slot in each pixel (..., K, H, W), summing to 1 over the slots.
+        parts: What each slot would paint (..., K, C, H, W).
+        slots: The slots (..., K, D).
     """
-    parts = parse(spec)
-    if parts[0].entry.kind != "slots":
-        raise ZooError(f"attention={spec!r} is of kind {parts[0].entry.kind!r}; allowed: slots")
-    return create(spec, dim_in, dim, slots)
 
-
-def chance(module: nn.Module, like: Tensor) -> torch.Generator | None:
-    """What a model draws from: the global generator in training, one seed outside."""
-    if module.training or like.is_meta:
-        return None
-    return torch.Generator(like.device).manual_seed(SEED)
+    image: Tensor
+    masks: Tensor
+    parts: Tensor
+    slots: Tensor
 
 
 class SlotAutoencoder(nn.Module):
     """Images (B, C, H, W) or videos (B, T, C, H, W) from 0 to 1, to a `Scene`.
 
+    Outside training the slots are drawn with one seed, so that figures can be had again.
+
     Args:
         encoder: From images to inputs (B, N, D_in).
         slots: A module of kind "slots".
-        decoder: From slots (B, K, D) to parts and logits of masks.
-        slot_noise: What is added to slots between frames, as in `SlotVideo`.
+        decoder: From slots (B, K, D) to parts (B, K, C, H, W) and logits (B, K, H, W).
         image_shape: Channels, height and width.
+        slot_noise: What is added to slots between frames, as in `SlotVideo`.
     """
 
     def __init__(
@@ -75,8 +59,8 @@ class SlotAutoencoder(nn.Module):
         encoder: nn.Module,
         slots: nn.Module,
         decoder: nn.Module,
-        slot_noise: str,
         image_shape: tuple[int, int, int],
+        slot_noise: str = "none",
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
@@ -84,7 +68,10 @@ class SlotAutoencoder(nn.Module):
         self.image_shape = image_shape
 
     def forward(self, x: Tensor) -> Scene:
-        """Take the images apart.
+        """Take images apart and put them together.
+
+        Args:
+            x: (B, C, H, W), or (B, T, C, H, W) for videos, from 0 to 1.
 
         Raises:
             ZooError: They are of another size than the model was built for.
@@ -95,14 +82,14 @@ class SlotAutoencoder(nn.Module):
                 f"(B, T, C, H, W) with (C, H, W) = {self.image_shape}"
             )
         frames = x if x.ndim == 5 else x[:, None]
-        inputs = self.encoder(2 * frames.flatten(0, 1) - 1).unflatten(0, frames.shape[:2])
-        slots = self.video(inputs, generator=chance(self, x))
+        lead = frames.shape[:2]
+        inputs = self.encoder(2 * frames.flatten(0, 1) - 1).unflatten(0, lead)
+        slots = self.video(inputs, generator=chance(self, x))  # (B, T, K, D)
         parts, logits = self.decoder(slots.flatten(0, 1))
         masks = logits.softmax(1)
         image = (masks[:, :, None] * parts).sum(1)
         if x.ndim == 4:
             return Scene(image, masks, parts, slots[:, 0])
-        lead = frames.shape[:2]
         return Scene(*(item.unflatten(0, lead) for item in (image, masks, parts)), slots)
 
 
@@ -114,8 +101,10 @@ def slot_autoencoder(
     max_objects: int,
     slots: int | None = None,
     dim: int = 64,
-    width: int = 32,
+    hidden: int | None = None,
+    iterations: int | None = None,
     encoder: str = "cnn",
+    width: int = 32,
     stride: int = 1,
     encoder_attention: str = "mha",
     decoder: str = "spatial_broadcast",
@@ -132,16 +121,18 @@ def slot_autoencoder(
         image_shape: Channels, height and width.
         max_objects: Most objects of a scene, M.
         slots: Slots K, at least M; None takes one more than M, for the background.
-        dim: Channels of a slot.
-        width: Channels of encoder and decoder.
-        encoder: "cnn" or "vit".
+        dim: Channels D of a slot.
+        hidden: Width of the slots' MLPs; None leaves it to `attention`.
+        iterations: Rounds of the slots; None leaves them to `attention`.
+        encoder: "cnn", or "vit" with any token mixer of the zoo.
+        width: Channels of encoder and decoder, and of the inputs of the slots.
         stride: Of the first convolution of the cnn.
         encoder_attention: Token mixer of the vit.
-        decoder: "spatial_broadcast" or "transformer".
-        upsample: Sides of the image over those of the grid that slots are broadcast to: 1 (the
-            paper's for small images), 2, 4 or 8.
-        patch: Side of a patch of the vit and of the transformer decoder.
-        depth: Layers of the vit and of the transformer decoder.
+        decoder: "spatial_broadcast", or "transformer" (see `TransformerDecoder`).
+        upsample: Sides of the image over those of the grid that slots are broadcast to, a power of
+            two; 1 is the paper's for small images.
+        patch: Side of a patch of the vit and of the transformer.
+        depth: Layers of the vit and of the transformer.
         heads: Their heads.
         slot_noise: Noise on slots between frames: "none", "fixed" or "learned".
 
@@ -149,38 +140,23 @@ def slot_autoencoder(
         ZooError: A size does not fit, there are fewer slots than objects, or a name is unknown.
     """
     shape = check_image_shape(image_shape)
-    sizes = {"dim": dim, "width": width, "stride": stride, "patch": patch, "depth": depth}
-    for name, size in {**sizes, "heads": heads, "max_objects": max_objects}.items():
+    sizes = {"dim": dim, "width": width, "stride": stride, "upsample": upsample, "patch": patch}
+    for name, size in {**sizes, "depth": depth, "heads": heads}.items():
         check_whole(name, size, 1)
-    count = max_objects + 1 if slots is None else slots
-    check_slots(count, max_objects)
-    if encoder not in ("cnn", "vit"):
-        raise unknown("encoder", encoder, ("cnn", "vit"))
-    if decoder not in ("spatial_broadcast", "transformer"):
-        raise unknown("decoder", decoder, ("spatial_broadcast", "transformer"))
+    count = slot_count(slots, max_objects, background=1)
+    module = slot_module(attention, width, dim, count, iterations=iterations, hidden=hidden)
     encode: nn.Module
-    decode: nn.Module
     if encoder == "cnn":
         encode = ConvEncoder(shape[0], width, stride, width)
-    else:
+    elif encoder == "vit":
         encode = TokenEncoder(shape, encoder_attention, patch, width, depth, heads, width)
+    else:
+        raise unknown("encoder", encoder, ("cnn", "vit"))
+    decode: nn.Module
     if decoder == "spatial_broadcast":
         decode = BroadcastDecoder(dim, shape[0], shape[1:], upsample, width)
-    else:
+    elif decoder == "transformer":
         decode = TransformerDecoder(dim, shape[0], shape[1:], patch, width, depth, heads)
-    module = slot_module(attention, width, dim, count)
-    return SlotAutoencoder(encode, module, decode, slot_noise, shape)
-
-
-def check_slots(slots: int, max_objects: int) -> None:
-    """Refuse fewer slots than there may be objects.
-
-    Raises:
-        ZooError: There are fewer.
-    """
-    check_whole("slots", slots, 1)
-    if slots < max_objects:
-        raise ZooError(
-            f"slots={slots} cannot hold the max_objects={max_objects} objects of the data; "
-            f"allowed: at least {max_objects}, better {max_objects + 1} with one for the background"
-        )
+    else:
+        raise unknown("decoder", decoder, ("spatial_broadcast", "transformer"))
+    return SlotAutoencoder(encode, module, decode, shape, slot_noise)
