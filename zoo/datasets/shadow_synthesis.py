@@ -4,9 +4,9 @@ In linear light a pixel I under a shadow of strength m from 0 to 1 becomes, in e
 
     D_c = I_c (1 - m (1 - a_c)) + m b_c,     S_c = D_c + m n sqrt(D_c) e,     e a normal number
 
-with a_R < a_G < a_B below 1, since a shadow is lit by the blue sky, b a little light from around (a
-share of the image's mean colour), and noise as of counted photons. Real shadows also change the look
-of textures, and are darkest where things touch; these do not.
+with a_R < a_G < a_B below 1, since a shadow is lit by the blue sky, b a little light from around
+(a share of the image's mean colour), and noise as of counted photons. Real shadows also change the
+look of textures, and are darkest where things touch; these do not.
 """
 
 from __future__ import annotations

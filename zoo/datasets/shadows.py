@@ -7,9 +7,9 @@ A batch holds, for B crops,
     target    (B, 3, H, W) float, from 0 to 1: the crop without the shadow
     region    (B, 1, H, W) bool: the shadow's outline, before its edge was softened
 
-Training, validation and test are cut from different columns of both photographs, eight pixels apart,
-so that no pixel is in two of them. They are still the same two scenes and cameras: this says nothing
-about other photographs, and figures are not comparable with those on ISTD.
+Training, validation and test are cut from different columns of both photographs, eight pixels
+apart, so that no pixel is in two of them. They are still the same two scenes and cameras: this says
+nothing about other photographs, and figures are not comparable with those on ISTD.
 """
 
 from __future__ import annotations
