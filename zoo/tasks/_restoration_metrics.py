@@ -1,8 +1,8 @@
 """How well a shadow was removed: errors in L*a*b*, PSNR and SSIM, by region.
 
-All are computed for each image and averaged over images; pixels lie in [0, 1] and p is clamped to it.
-Let d be the difference of p and target in L*a*b*, and R a region of n pixels: all, the shadow, or
-what is lit, the rest. An image without a region does not count for it.
+All are computed for each image and averaged over images. Pixels lie in [0, 1], to which outputs are
+clamped. Let d be the difference of output and target in L*a*b*, and R a region of n pixels: all,
+the shadow, or what is lit, the rest. An image without a region does not count for it.
 
     lab_mae    sum over R of (|d_L| + |d_a| + |d_b|) / n     what papers on shadows call "RMSE"
     lab_rmse   sqrt(sum over R of (d_L^2 + d_a^2 + d_b^2) / n)
@@ -10,10 +10,10 @@ what is lit, the rest. An image without a region does not count for it.
     ssim       mean over R of the map of SSIM (Gaussian of 1.5 pixels) of the whole images
 
 The papers compute PSNR and SSIM of a region on whole images that are black outside it. The black
-pixels agree, so that PSNR rises by 10 log10(HW / n), and SSIM towards 1: `psnr_shadow_filled` and its
-like are theirs. Beside the output stand two answers without learning: "input", the image as it came,
-and "gain", every channel of the shadow multiplied by the best factor for that image, which takes the
-target to know. `shadow_left` is lab_mae_shadow over that of the input.
+pixels agree, so that PSNR rises by 10 log10(HW / n), and SSIM towards 1: `psnr_shadow_filled` and
+its like are theirs. Beside the output stand two answers without learning: "input", the image as it
+came, and "gain", every channel of the shadow multiplied by the best factor for that image, which
+takes the target to know. `shadow_left` is lab_mae_shadow over that of the input.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def best_gain(image: Tensor, target: Tensor, region: Tensor) -> Tensor:
         region: (B, 1, H, W) bool.
 
     Returns:
-        (B, 3, H, W); the factor of each channel is sum(image target) / sum(image^2) over the region.
+        (B, 3, H, W); a channel's factor is sum(image target) / sum(image^2) over the region.
     """
     x = image * region
     size = x.square().sum((2, 3), keepdim=True).clamp(min=1e-12)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from zoo.colour import MATRICES, to_lab
@@ -49,7 +48,11 @@ class Restoration(Task):
         ZooError: An impossible value, or no weights of VGG-19.
     """
 
-    names = ("lab_mae_shadow", *(n for n in NAMES if n != "lab_mae_shadow"), *INPUT, *GAIN) + (
+    names = (
+        "lab_mae_shadow",
+        *(name for name in NAMES if name != "lab_mae_shadow"),
+        *INPUT,
+        *GAIN,
         "shadow_left",
         "loss",
     )
