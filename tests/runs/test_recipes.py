@@ -38,9 +38,10 @@ SMALL = {
     "language": ["data.max_bytes=40000", "data.val_windows=2", "data.test_windows=2"],
     "classification": [],
     "restoration": ["data.val_size=4", "data.test_size=4"],
-    **dict.fromkeys(
-        ("objects", "object_videos", "properties", "sets"), ["data.val_size=8", "data.test_size=8"]
-    ),
+    "objects": ["data.val_size=8", "data.test_size=8"],
+    "object_videos": ["data.val_size=8", "data.test_size=8"],
+    "properties": ["data.val_size=8", "data.test_size=8"],
+    "sets": ["data.val_size=8", "data.test_size=8"],
 }
 
 
