@@ -14,7 +14,10 @@ from zoo.runs.config import claim, data_module, load, recipes
 from zoo.runs.train import run
 
 # What they train on has to be fetched; all others come with the packages or are generated.
-HUB = {"cifar10": "digits", "fashion_mnist": "digits", "wikitext103": "bytes_stdlib"}
+HUB = {
+    **dict.fromkeys(("cifar10", "fashion_mnist", "triplet_fashion", "residual_fashion"), "digits"),
+    "wikitext103": "bytes_stdlib",
+}
 SHORT = ["steps=2", "trainer.eval_every=1", "batch=4"]
 # What makes each model small; a model without an entry is small enough as its recipe has it.
 NARROW = {
@@ -22,6 +25,7 @@ NARROW = {
     "transnormer": ["model.dim=16", "model.heads=2"],
     "vit": ["model.dim=16", "model.heads=2"],
     "resnet": ["model.width=4", "model.variant=resnet10t"],
+    "residual_attention": ["model.width=8"],
 }
 SMALL = {
     "tagging": ["data.val_size=8", "data.test_size=8"],

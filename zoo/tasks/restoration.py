@@ -1,0 +1,130 @@
+"""Restoration: an image without its shadow, from the image and a mask of the shadow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from zoo.colour import MATRICES, to_lab
+from zoo.datasets import checks
+from zoo.errors import ZooError, unknown
+from zoo.tasks._restoration_losses import Perceptual, shadow_loss, vgg19_features
+from zoo.tasks._restoration_metrics import GAIN, INPUT, NAMES, RestorationFigures, shadow_of
+from zoo.tasks._restoration_tiles import in_tiles
+from zoo.tasks.base import Batch, Figures, Task
+from zoo.tasks.optim import Optim
+from zoo.tasks.registry import task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = 4
+"""Images in a picture."""
+WEIGHT = 0.001
+"""Of the perceptual loss."""
+
+
+@task("restoration")
+class Restoration(Task):
+    """Remove the shadow from an image.
+
+    The loss is RASM's: the Charbonnier distance and, if asked for, the perceptual one. The figure
+    `loss` is the Charbonnier distance alone. `zoo.tasks._restoration_metrics` defines the others.
+
+    Args:
+        model: From images (B, 3, H, W) in [0, 1] and masks (B, 1, H, W) to images (B, 3, H, W).
+        optim: How the weights are updated.
+        max_steps: Steps of the schedule.
+        test_names: Names of the test sets, the first of which is "test".
+        perceptual: Add the perceptual loss, which takes the weights of VGG-19.
+        tile: Height and width of tiles on which larger images are evaluated; None takes them whole.
+        compare_at: Side of a square that images are scaled to before they are compared; None
+            compares them as they are.
+        white: White of L*a*b*, "D65" or "D50".
+
+    Raises:
+        ZooError: An impossible value, or no weights of VGG-19.
+    """
+
+    names = (
+        "lab_mae_shadow",
+        *(name for name in NAMES if name != "lab_mae_shadow"),
+        *INPUT,
+        *GAIN,
+        "shadow_left",
+        "loss",
+    )
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: Optim,
+        *,
+        max_steps: int,
+        test_names: Sequence[str],
+        perceptual: bool = False,
+        tile: Sequence[int] | None = None,
+        compare_at: int | None = None,
+        white: str = "D65",
+    ) -> None:
+        checks.flag("perceptual", perceptual)
+        if tile is not None:
+            if len(tile) != 2:
+                raise ZooError(f"tile={tile!r} must be two numbers, height and width")
+            for side in tile:
+                checks.whole("tile", side, 1)
+        if compare_at is not None:
+            checks.whole("compare_at", compare_at, 8)
+        if white not in MATRICES:
+            raise unknown("white", white, MATRICES)
+        self.white, self.compare_at = white, compare_at  # what the figures are made with
+        super().__init__(model, optim, max_steps=max_steps, test_names=test_names)
+        self.tile = None if tile is None else (int(tile[0]), int(tile[1]))
+        # In a list it is no part of the task, and checkpoints do not hold it.
+        self._perceptual = [Perceptual(vgg19_features())] if perceptual else []
+
+    def make_figures(self) -> Figures:
+        """Return fresh metrics for a split."""
+        return RestorationFigures(self.white, self.compare_at)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return images (B, 3, H, W)."""
+        image, mask = batch["image"], batch["mask"]
+        if self.training or self.tile is None:
+            output: Tensor = self.model(image, mask)
+            return output
+        return in_tiles(self.model, image, mask, self.tile)
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of a batch."""
+        network = self._perceptual[0].to(logits.device) if self._perceptual else None
+        return shadow_loss(logits.float(), batch["target"], network, weight=WEIGHT)
+
+    def pictures(self, batch: Batch) -> dict[str, Figure]:
+        """Draw images with shadow, restored and without, and how far off they are."""
+        from zoo.pictures import panels
+
+        batch = {name: value[:SHOWN] for name, value in batch.items()}
+        output = self.logits(batch).float().clamp(0, 1)
+        wanted = to_lab(batch["target"], self.white)
+        maps = [(to_lab(x, self.white) - wanted).abs().sum(1) for x in (batch["image"], output)]
+        told, shadow = batch["mask"].float(), shadow_of(batch)
+        rows = [
+            [batch["image"][i], told[i], output[i], batch["target"][i], maps[0][i], maps[1][i]]
+            for i in range(len(output))
+        ]
+        names = []
+        for i in range(len(output)):
+            before, after = (m[i][shadow[i, 0]].mean() if shadow[i].any() else 0.0 for m in maps)
+            names.append(f"{before:.1f} to {after:.1f}")
+        return {
+            "restored": panels(
+                rows,
+                title="shadows removed, and the error in the shadow before and after",
+                columns=["input", "mask", "output", "target", "error before", "error after"],
+                names=names,
+                label="absolute error in L*a*b*",
+            )
+        }
