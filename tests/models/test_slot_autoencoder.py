@@ -92,7 +92,9 @@ def test_images_reach_the_encoder_between_minus_one_and_one():
             seen.append(x)
             return x.flatten(2).mT
 
-    model = SlotAutoencoder(Look(), Mean(3, 8, 2), BroadcastDecoder(8, 3, (8, 12), 2, 4), (3, 8, 12))
+    model = SlotAutoencoder(
+        Look(), Mean(3, 8, 2), BroadcastDecoder(8, 3, (8, 12), 2, 4), (3, 8, 12)
+    )
     x = images()
     model(x)
     assert_close(seen[0], 2 * x - 1, "input")

@@ -63,7 +63,11 @@ class ObjectFigures(Figures):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the figures of masks, and loss."""
-        found = {name: metric.compute() for name, metric in self.masked().items()}
+        nothing = torch.full((), torch.nan, device=self.loss.device)
+        found = {
+            name: metric.compute() if metric.update_called else nothing
+            for name, metric in self.masked().items()
+        }
         return {**found, "loss": self.loss.compute()}
 
 
