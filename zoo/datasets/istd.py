@@ -1,8 +1,8 @@
 """Shadow removal from local folders laid out as ISTD: images, masks and images without shadow.
 
 ISTD (Wang, Li and Yang 2018, arXiv 1712.02478) has 1330 triplets for training and 540 for test, and
-ISTD+ (Le and Samaras 2019, arXiv 1908.08628) other targets, whose colours are corrected; `zoo.datasets.istd_files` says where their files
-lie.
+ISTD+ (Le and Samaras 2019, arXiv 1908.08628) other targets, whose colours are corrected; where
+their files lie is in `zoo.datasets.istd_files`.
 
 A batch holds image, mask and target as `zoo.datasets.shadows` says; training takes random crops,
 validation and test whole images, one at a time where sizes differ. Names of ISTD are SCENE-NUMBER,
@@ -32,15 +32,15 @@ from zoo.datasets.registry import dataset
 from zoo.errors import ZooError, unknown
 
 EMBEDDED = (
-    "get ISTD or ISTD+ and say where it lies (root=FOLDER), or take data set 'shadows', which draws "
-    "shadows on photographs that come with scikit-learn"
+    "get ISTD or ISTD+ and say where it lies (root=FOLDER), or take data set 'shadows', which "
+    "draws shadows on photographs that come with scikit-learn"
 )
 
 
 @dataset("istd")
 @dataclass(kw_only=True, eq=False, repr=False)
 class ISTD(DataModule):
-    """Photographs with a shadow, its mask and the same without, in a local folder as of ISTD, ISTD+.
+    """Photographs with a shadow, its mask, and the same without, in a local folder as ISTD's.
 
     Triplets that lack a file, or have one that cannot be read, are left out with a warning that
     names them; `skipped` holds them all. Every file is read once at the beginning.

@@ -25,8 +25,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from zoo.colour import to_lab
 from zoo.errors import ZooError
+from zoo.tasks._object_metrics import _Ratio
 from zoo.tasks._restoration_losses import EPSILON, check_pair
-from zoo.tasks.base import Batch, Figures, mean
+from zoo.tasks.base import Batch, Figures
 
 REGIONS = ("", "_shadow", "_lit")
 FLOOR = 1e-10
@@ -144,6 +145,14 @@ def shrunk(image: Tensor, side: int) -> Tensor:
     return scaled.clamp(0, 1)
 
 
+class OverImages(_Ratio):
+    """A mean over the images that have what is measured."""
+
+    def update(self, values: Tensor, asked: Tensor) -> None:
+        """Take in values (B,), those that are asked for."""
+        self.add(values, asked)
+
+
 class RestorationFigures(Figures):
     """What `shadow_metrics` gives, of the output and of the answers without learning.
 
@@ -157,7 +166,7 @@ class RestorationFigures(Figures):
         super().__init__()
         self.white, self.side = white, side
         for name in (*NAMES, *INPUT, *GAIN, "loss"):
-            self.add_module(name, mean())
+            self.add_module(name, OverImages())
 
     def update(self, logits: Tensor, batch: Batch) -> None:
         """Take in outputs (B, 3, H, W)."""
@@ -174,9 +183,10 @@ class RestorationFigures(Figures):
         after = lab_errors(gained, target, region, white=self.white)
         found |= {name: before[name.removesuffix("_input")] for name in INPUT}
         found |= {name: after[name.removesuffix("_gain")] for name in GAIN}
+        there = {name: part.flatten(1).any(1) for name, part in regions(region).items()}
         for name, values in {**found, "loss": loss}.items():
-            there = ~values.isnan() if name != "loss" else torch.ones_like(values, dtype=torch.bool)
-            self.get_submodule(name).update(values.where(there, 0.0), there.float())  # type: ignore[operator]
+            asked = there[next((part for part in REGIONS[1:] if part in name), "")]
+            self.get_submodule(name).update(values, asked)  # type: ignore[operator]
 
     def compute(self) -> dict[str, Tensor]:
         """Return the figures by name."""
