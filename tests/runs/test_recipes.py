@@ -25,6 +25,9 @@ NARROW = {
     "transnormer": ["model.dim=16", "model.heads=2"],
     "vit": ["model.dim=16", "model.heads=2"],
     "resnet": ["model.width=4", "model.variant=resnet10t"],
+    "slot_autoencoder": ["model.dim=8", "model.width=4"],
+    "set_prediction": ["model.dim=8", "model.width=4"],
+    "set_autoencoder": ["model.dim=8", "model.width=4"],
     "residual_attention": ["model.width=8"],
 }
 SMALL = {
@@ -33,6 +36,10 @@ SMALL = {
     "collapse": ["data.val_size=8", "data.test_size=8"],
     "language": ["data.max_bytes=40000", "data.val_windows=2", "data.test_windows=2"],
     "classification": [],
+    "objects": ["data.val_size=8", "data.test_size=8"],
+    "object_videos": ["data.val_size=8", "data.test_size=8"],
+    "sets": ["data.val_size=8", "data.test_size=8"],
+    "properties": ["data.val_size=8", "data.test_size=8"],
 }
 
 

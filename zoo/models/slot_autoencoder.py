@@ -90,7 +90,8 @@ class SlotAutoencoder(nn.Module):
         image = (masks[:, :, None] * parts).sum(1)
         if x.ndim == 4:
             return Scene(image, masks, parts, slots[:, 0])
-        return Scene(*(item.unflatten(0, lead) for item in (image, masks, parts)), slots)
+        image, masks, parts = (item.unflatten(0, lead) for item in (image, masks, parts))
+        return Scene(image, masks, parts, slots)
 
 
 @model("slot_autoencoder", kinds=("slots",), facts=("image_shape", "max_objects"))
