@@ -51,7 +51,8 @@ def quick(config):
 
 
 def mixes_tokens(name):
-    return "mixer" in models.info(load(name).model.name).kinds
+    kinds = models.info(load(name).model.name).kinds
+    return "mixer" in kinds and "feature" not in kinds
 
 
 def out_of_reach(name):

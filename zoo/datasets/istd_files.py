@@ -93,8 +93,8 @@ def read(files: Files) -> Triplet:
                 f"{what} {str(path)!r} has {array.shape[0]}x{array.shape[1]} pixels, but image "
                 f"{str(files[0])!r} has {had[0]}x{had[1]}; they must be of one size"
             )
-    image, mask, target = (torch.from_numpy(array) for array in arrays)
-    return image.permute(2, 0, 1), mask[None] > 0, target.permute(2, 0, 1)
+    pixels, mask, target = (torch.from_numpy(array) for array in arrays)
+    return pixels.permute(2, 0, 1), mask[None] > 0, target.permute(2, 0, 1)
 
 
 class Whole:
