@@ -113,13 +113,7 @@ def test_parts_of_three_sockets_fit_into_the_model_of_every_claim(name):
 def test_a_recipe_without_its_data_names_the_embedded_alternative(name, tmp_path, monkeypatch):
     monkeypatch.setattr("zoo.datasets.fashion_mnist.PACKAGE_FOLDER", tmp_path / "nothing")
     with pytest.raises(ZooError, match=HUB[name]) as caught:
-        run(
-            name,
-            quick(load(name)),
-            records=tmp_path / "records",
-            runs=tmp_path / "runs",
-            quiet=True,
-        )
+        run(name, SHORT, records=tmp_path / "records", runs=tmp_path / "runs", quiet=True)
     assert "root=FOLDER" in str(caught.value)
 
 
