@@ -35,6 +35,27 @@ _IN_PLACE: dict[Any, Callable[..., int]] = dict.fromkeys(
 )
 
 
+def _planes(z: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(z) * math.prod(weight[2:])
+
+
+def _planes_backward(grad: Shape, z: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * _planes(z, weight)
+
+
+# Operators of mechanisms, which must not import the counter themselves: it brings triton along.
+_OWN: dict[str, Callable[..., int]] = {
+    "triplet_planes": _planes,
+    "triplet_planes_backward": _planes_backward,
+}
+
+
+def _own() -> dict[Any, Callable[..., int]]:
+    """The formulas of those operators that exist."""
+    names = [name for name in _OWN if hasattr(torch.ops.zoo, name)]
+    return {getattr(torch.ops.zoo, name): _OWN[name] for name in names}
+
+
 def count(call: Callable[[], object]) -> int:
     """Return the floating point operations of a call.
 
@@ -44,6 +65,7 @@ def count(call: Callable[[], object]) -> int:
     Args:
         call: What to count; it is called once.
     """
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION | _IN_PLACE) as counter:
+    formulas = _CPU_ATTENTION | _IN_PLACE | _own()
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         call()
     return int(counter.get_total_flops())

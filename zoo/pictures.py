@@ -141,6 +141,22 @@ def stretch(image: Tensor) -> Tensor:
     return (image - low) / (high - low).clamp(min=1e-12)
 
 
+def segments(masks: Tensor) -> Tensor:
+    """Colour each pixel by the mask that is largest there, the first of the masks in black.
+
+    Args:
+        masks: (K, H, W), soft or boolean.
+
+    Returns:
+        A picture (3, H, W).
+    """
+    table = torch.tensor(colormaps["tab20"].colors, dtype=torch.float32)  # type: ignore[attr-defined]
+    # The strong colours of the table first, then the pale ones.
+    table = torch.cat([torch.zeros(1, 3), table[::2], table[1::2]])
+    label = masks.detach().float().cpu().argmax(0)
+    return table[label % len(table)].permute(2, 0, 1)
+
+
 def feature_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules on feature maps in a model by name, the outermost where they are nested."""
     found: dict[str, nn.Module] = {}

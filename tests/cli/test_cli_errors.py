@@ -29,8 +29,8 @@ COMMANDS = {
     "leaderboard": "records output show",
     "sample": "run prompt tokens temperature top_k top_p seed runs",
     "show": "spec run recipe runs output length heads dim causal seed changes",
-    "bench": "specs lengths dim heads batch causal causal_baseline threads forward_only core"
-    " baseline repeats min_time device dtype give_up output",
+    "bench": "specs lengths dim heads batch shape host slots causal causal_baseline threads"
+    " forward_only core baseline repeats min_time device dtype give_up output",
     "kernels": "only lengths dtype seconds smoke output",
 }
 
@@ -76,6 +76,9 @@ def test_a_process_says_one_line(process: Process) -> None:
         (["info", "mha", "--jsn"], "no such option: --jsn"),
         (["bench", "mha", "--dim", "x"], "invalid value for '--dim'"),
         (["bench", "mha", "--lengths", "8,x"], "lengths='8,x' must be whole numbers"),
+        (["bench", "triplet", "--shape", "8,x"], "shape='8,x' must be whole numbers"),
+        (["bench", "mha", "--shape", "8,4,4,4"], "shape=8,4,4,4 is for feature modules"),
+        (["bench", "triplet", "--heads", "8"], "--heads is for token mixers"),
         (["info", "mha", "rope"], "unexpected extra argument"),
         (["--nonsense"], "no such option: --nonsense; see 'zoo --help'"),
     ],

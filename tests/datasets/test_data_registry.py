@@ -90,7 +90,9 @@ def test_every_yaml_file_builds_what_it_describes(file, monkeypatch):
     data = datasets.from_yaml(file, batch_size=3)
     assert data.batch_size == 3
     tasks = {
-        "vision": ["classification"],
+        "vision": [
+            *("classification", "objects", "object_videos", "properties", "restoration", "sets")
+        ],
         "synthetic": ["tagging", "regression", "collapse"],
         "language": ["language"],
     }

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from zoo import datasets
-from zoo.datasets.object_files import natural, nearest
+from zoo.datasets.object_files import natural, nearest, pictures
 from zoo.errors import ZooError
 
 EIGHT = {"height": 8, "width": 12, "max_objects": 4}
@@ -288,6 +288,9 @@ def test_impossible_options_are_refused(options, message):
         datasets.create("object_folders", root="x", **options)
 
 
-def test_natural_order():
+def test_natural_order(tmp_path):
+    for name in ("rgba_10.png", "rgba_9.png", "rgba_9.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in pictures(tmp_path, "*")] == ["rgba_9.png", "rgba_10.png"]
     names = ["b2", "a10", "a9", "a"]
     assert sorted(names, key=natural) == ["a", "a9", "a10", "b2"]

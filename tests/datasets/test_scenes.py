@@ -133,6 +133,15 @@ def test_no_overlap_leaves_every_object_whole(drawn):
     assert set(area.tolist()) == {64}
 
 
+def test_objects_too_small_to_show_enough_are_not_drawn(drawn):
+    # A triangle of side 0.2 has about 20 of the 41 pixels of its box.
+    _, scene = drawn(
+        min_objects=1, max_objects=1, shapes=["triangle"], sizes=[0.2, 0.5], min_visible=35
+    )
+    assert set(scene["size"].flatten().tolist()) == {0.5}
+    assert (scene["masks"].sum((-1, -2)) >= 35).all()
+
+
 def test_shapes_by_hand():
     x, y = torch.meshgrid(
         torch.tensor([-0.9, 0.0, 0.9]), torch.tensor([-0.9, 0.0, 0.9]), indexing="xy"

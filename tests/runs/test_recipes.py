@@ -14,7 +14,11 @@ from zoo.runs.config import claim, data_module, load, recipes
 from zoo.runs.train import run
 
 # What they train on has to be fetched; all others come with the packages or are generated.
-HUB = {"cifar10": "digits", "fashion_mnist": "digits", "wikitext103": "bytes_stdlib"}
+HUB = {
+    **dict.fromkeys(("cifar10", "fashion_mnist", "triplet_fashion", "residual_fashion"), "digits"),
+    "wikitext103": "bytes_stdlib",
+    "istd": "shadows",
+}
 SHORT = ["steps=2", "trainer.eval_every=1", "batch=4"]
 # What makes each model small; a model without an entry is small enough as its recipe has it.
 NARROW = {
@@ -22,6 +26,10 @@ NARROW = {
     "transnormer": ["model.dim=16", "model.heads=2"],
     "vit": ["model.dim=16", "model.heads=2"],
     "resnet": ["model.width=4", "model.variant=resnet10t"],
+    "residual_attention": ["model.width=8"],
+    "rasm": ["data.height=16", "data.width=16"],
+    "slot_autoencoder": ["model.dim=8", "model.width=4"],
+    "set_prediction": ["model.dim=8", "model.width=4"],
 }
 SMALL = {
     "tagging": ["data.val_size=8", "data.test_size=8"],
@@ -29,6 +37,11 @@ SMALL = {
     "collapse": ["data.val_size=8", "data.test_size=8"],
     "language": ["data.max_bytes=40000", "data.val_windows=2", "data.test_windows=2"],
     "classification": [],
+    "restoration": ["data.val_size=4", "data.test_size=4"],
+    "objects": ["data.val_size=8", "data.test_size=8"],
+    "object_videos": ["data.val_size=8", "data.test_size=8"],
+    "properties": ["data.val_size=8", "data.test_size=8"],
+    "sets": ["data.val_size=8", "data.test_size=8"],
 }
 
 

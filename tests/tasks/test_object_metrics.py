@@ -153,6 +153,10 @@ def test_binding_by_hand():
     slot, found = bind(overlap)
     assert slot.tolist() == [[1, 0, -1]]
     torch.testing.assert_close(found, torch.tensor([[0.5, 0.7, 0.0]]))
+    # The slot that is left does not touch the second object.
+    slot, found = bind(torch.tensor([[[0.9, 0.0], [0.8, 0.0]]]))
+    assert slot.tolist() == [[0, -1]]
+    torch.testing.assert_close(found, torch.tensor([[0.9, 0.0]]))
     slot, found = bind(torch.tensor([[[0.2], [0.9]]]))
     assert slot.tolist() == [[-1, 0]]
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.9]]))

@@ -161,6 +161,13 @@ def test_precision_by_hand():
     assert found == pytest.approx(expected)
 
 
+def test_of_two_equally_sure_predictions_the_first_takes_the_object():
+    wanted = torch.tensor([[[0.5, 1.0]]])
+    metric = SetPrecision(1, ())
+    metric.update(wanted.expand(1, 2, 2), wanted)
+    assert metric.right[0].tolist() == [[True] * 5, [False] * 5]
+
+
 def test_a_perfect_prediction_has_precision_one_in_any_order():
     wanted = torch.cat([torch.rand(3, 4, 2), torch.eye(4)[None].expand(3, 4, 4)], -1)
     wanted = torch.cat([wanted, torch.ones(3, 4, 1)], -1)

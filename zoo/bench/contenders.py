@@ -154,5 +154,8 @@ def build(name: str, facts: dict[str, Any]) -> nn.Module:
 
 
 def route(module: nn.Module, x: Tensor) -> str:
-    """Route that a host takes for this input; a dash for modules without routes."""
-    return module.explain(x).route if isinstance(module, Attention) else "-"
+    """Route that a module takes for this input; a dash for modules without routes."""
+    if isinstance(module, Attention):
+        return module.explain(x).route
+    routes: tuple[str, ...] = getattr(module, "routes", ("-",))
+    return str(getattr(module, "route", None) or routes[0])

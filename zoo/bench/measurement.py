@@ -5,101 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import isfinite, log
+from math import log
 from statistics import linear_regression
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo import flops
 from zoo.bench import contenders, memory
+from zoo.bench.settings import PASSES, Setting
+from zoo.bench.shapes import ShapeSetting
 from zoo.bench.timing import Samples, speed, spread, take_round
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 
-PASSES = ("forward", "forward+backward")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Part of the time that a turn takes: many short turns, so that disturbances meet everybody.
 SLICE = 1 / 40
 # Lengths, counted from the longest, over which the growth of time is fitted.
 GROWTH_LENGTHS = 3
-
-
-@dataclass(kw_only=True)
-class Setting:
-    """What to measure and how.
-
-    Args:
-        specs: Specifications, `handwritten` among them if wanted; the baseline is added.
-        lengths: Tokens N.
-        dim: Channels C.
-        heads: Heads H.
-        batch: Samples B.
-        causal: Query i sees keys 0..i only.
-        causal_baseline: The baseline is causal even where the others are not: what attention on
-            grids is commonly held against.
-        threads: Threads of torch on the CPU.
-        backward: Measure forward+backward as well.
-        core: Measure what a host does between its projections only.
-        baseline: What the others are compared with.
-        rounds: How often every contender has its turn, at least.
-        seconds: Rounds go on until one contender has been timed for so long, for each length and
-            pass.
-        device: "cpu" or "cuda".
-        dtype: "float32", "bfloat16" or "float16".
-        give_up: A contender whose call took more seconds than this is left out at greater
-            lengths; None for never.
-
-    Raises:
-        ZooError: A value is out of range, a name is unknown or given twice.
-    """
-
-    specs: list[str]
-    lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096])
-    dim: int = 512
-    heads: int = 8
-    batch: int = 1
-    causal: bool = True
-    causal_baseline: bool = False
-    threads: int = 1
-    backward: bool = True
-    core: bool = False
-    baseline: str = "mha"
-    rounds: int = 5
-    seconds: float = 1.0
-    device: str = "cpu"
-    dtype: str = "float32"
-    give_up: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("dim", "heads", "batch", "threads", "rounds"):
-            if getattr(self, name) < 1:
-                raise ZooError(f"{name}={getattr(self, name)!r} must be at least 1")
-        if not self.lengths or min(self.lengths) < 1:
-            raise ZooError(f"lengths={self.lengths!r} must be whole numbers of at least 1")
-        if not (self.seconds > 0 and isfinite(self.seconds)):
-            raise ZooError(f"seconds={self.seconds!r} must be positive")
-        if self.give_up is not None and not (self.give_up > 0 and isfinite(self.give_up)):
-            raise ZooError(f"give_up={self.give_up!r} must be positive, or None for never")
-        if self.device not in memory.METHODS:
-            raise unknown("device", self.device, memory.METHODS)
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ZooError("device 'cuda' was asked for, but torch finds none; allowed here: cpu")
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
-        self.lengths = sorted(set(self.lengths))
-        self.baseline = contenders.resolve(self.baseline)
-        names = [contenders.resolve(spec) for spec in self.specs]
-        for i, name in enumerate(names):
-            if name in names[:i]:
-                raise ZooError(f"{self.specs[i]!r} is given twice (both are {name!r})")
-        # The baseline leads, wherever it was named.
-        self.specs = [self.baseline, *(name for name in names if name != self.baseline)]
-
-    @property
-    def passes(self) -> tuple[str, ...]:
-        """Passes to measure."""
-        return PASSES if self.backward else PASSES[:1]
 
 
 @dataclass
@@ -108,7 +30,7 @@ class Row:
 
     Args:
         spec: The contender.
-        length: Tokens N.
+        length: Tokens N, or places of a map.
         kind: "forward" or "forward+backward".
         route: Route that the host took.
         wall: Median elapsed time, in seconds, of one call.
@@ -121,6 +43,7 @@ class Row:
         flops: Floating point operations of one call.
         blocks: Blocks of calls timed.
         error: Why there are no figures, in one line, or None.
+        shape: Shape of the input.
     """
 
     spec: str
@@ -137,6 +60,12 @@ class Row:
     flops: int | None = None
     blocks: int = 0
     error: str | None = None
+    shape: tuple[int, ...] = ()
+
+    @property
+    def rate(self) -> float | None:
+        """Samples a second."""
+        return self.shape[0] / self.time if self.shape and self.time else None
 
     @property
     def time(self) -> float | None:
@@ -150,18 +79,20 @@ class Report:
 
     Args:
         setting: What was asked for.
-        rows: One for each contender, length and pass.
+        rows: One for each contender, case and pass.
     """
 
-    setting: Setting
+    setting: Setting | ShapeSetting
     rows: list[Row]
 
     def of(self, spec: str, kind: str) -> list[Row]:
-        """Rows of a contender in one pass, by length."""
+        """Rows of a contender in one pass, by case."""
         return [row for row in self.rows if row.spec == spec and row.kind == kind]
 
     def growth(self, spec: str, kind: str) -> float | None:
         """Exponent p of time ~ N^p over the longest lengths, None with fewer than two figures."""
+        if isinstance(self.setting, ShapeSetting):
+            return None
         points = [
             (row.length, row.time) for row in self.of(spec, kind)[-GROWTH_LENGTHS:] if row.time
         ]
@@ -184,7 +115,7 @@ class _Contender:
     samples: Samples = field(default_factory=Samples)
 
 
-def measure(setting: Setting, told: Callable[[str], None] | None = None) -> Report:
+def measure(setting: Setting | ShapeSetting, told: Callable[[str], None] | None = None) -> Report:
     """Measure every contender; one that fails is noted and does not stop the others.
 
     Args:
@@ -193,12 +124,13 @@ def measure(setting: Setting, told: Callable[[str], None] | None = None) -> Repo
     """
     rows: list[Row] = []
     with _threads(setting.threads):
-        for length in setting.lengths:
+        for case in setting.cases:
             for kind in setting.passes:
                 if told is not None:
-                    told(f"N = {length}, {kind}")
+                    name = "N" if isinstance(setting, Setting) else "shape"
+                    told(f"{name} = {setting.label(case)}, {kind}")
                 slow = _too_slow(setting, rows, kind)
-                rows += _stage(setting, length, kind, slow)
+                rows += _stage(setting, case, kind, slow)
     return Report(setting, rows)
 
 
@@ -212,7 +144,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _too_slow(setting: Setting, rows: list[Row], kind: str) -> dict[str, Row]:
+def _too_slow(setting: Setting | ShapeSetting, rows: list[Row], kind: str) -> dict[str, Row]:
     """Contenders that took too long at a smaller length, with what they took there."""
     if setting.give_up is None:
         return {}
@@ -223,9 +155,12 @@ def _too_slow(setting: Setting, rows: list[Row], kind: str) -> dict[str, Row]:
     }
 
 
-def _stage(setting: Setting, length: int, kind: str, slow: dict[str, Row]) -> list[Row]:
-    """Measure all contenders at one length in one pass, but for those known to be too slow."""
-    every = [Row(spec, length, kind) for spec in setting.specs]
+def _stage(
+    setting: Setting | ShapeSetting, case: tuple[int, ...], kind: str, slow: dict[str, Row]
+) -> list[Row]:
+    """Measure all contenders in one case and pass, but for those known to be too slow."""
+    length = case[1] if len(case) == 3 else case[2] * case[3]
+    every = [Row(spec, length, kind, shape=case) for spec in setting.specs]
     ready = []
     for row in every:
         if row.spec in slow:
@@ -276,25 +211,9 @@ def _noted(row: Row) -> Iterator[None]:
         row.error = text if isinstance(error, ZooError) else f"{type(error).__name__}: {text}"
 
 
-def _prepare(setting: Setting, row: Row) -> Callable[[], object]:
+def _prepare(setting: Setting | ShapeSetting, row: Row) -> Callable[[], object]:
     """Build a contender and its input, and return the call to measure after running it once."""
-    dtype = DTYPES[setting.dtype]
-    facts: dict[str, Any] = {
-        "dim": setting.dim,
-        "heads": setting.heads,
-        "causal": setting.causal or (setting.causal_baseline and row.spec == setting.baseline),
-        "max_len": max(setting.lengths),
-        "device": setting.device,
-        "dtype": dtype,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = contenders.build(row.spec, facts)
-    generator = torch.Generator().manual_seed(0)
-    shape = (setting.batch, row.length, setting.dim)
-    x = torch.randn(shape, generator=generator).to(setting.device, dtype)
-    if setting.core:
-        module = contenders.Core(module, x)
+    module, x = setting.build(row.spec, row.shape)
     call = _forward(module, x) if row.kind == PASSES[0] else _both(module, x)
     with torch.set_grad_enabled(row.kind != PASSES[0]):
         row.route = contenders.route(getattr(module, "host", module), x)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.bench import kernel_report
-from zoo.bench.report import direction
+from zoo.bench.report import direction, sizes
 from zoo.errors import ZooError
 from zoo.runs.markdown import NONE, code, milliseconds, table
 
@@ -32,15 +32,22 @@ def tables(content: Mapping[str, Any]) -> str:
         content: What `zoo.bench.report.as_json` returned.
     """
     setting, device, versions = (content[key] for key in ("setting", "device", "versions"))
+    shaped = "shapes" in setting
     layer = "from q, k and v to the heads" if setting.get("core") else "a layer with projections"
+    what = (
+        sizes(setting)
+        if shaped
+        else f"B = {setting['batch']}, dim {setting['dim']}, {setting['heads']} heads, "
+        f"{direction(setting)}; {layer}"
+    )
+    growth = "" if shaped else " Growth: exponent of the time over the last three lengths."
     lines = [
         f"{device['name']}, {setting['device']}, threads {setting['threads']}, PyTorch "
-        f"{versions['torch']}, {setting['dtype']}; B = {setting['batch']}, dim {setting['dim']}, "
-        f"{setting['heads']} heads, {direction(setting)}; {layer}. "
+        f"{versions['torch']}, {setting['dtype']}; {what}. "
         f"Cells: {'processor' if setting['device'] == 'cpu' else 'elapsed'} time in ms, in "
         f"brackets the speed against {code(setting['baseline'])} (median over at least "
-        f"{setting['rounds']} interleaved rounds, above 1 is faster). Growth: exponent of the time "
-        "over the last three lengths. MiB: peak of a call beyond its input.",
+        f"{setting['rounds']} interleaved rounds, above 1 is faster).{growth} MiB: peak of a call "
+        "beyond its input.",
     ]
     for kind in dict.fromkeys(row["kind"] for row in content["rows"]):
         lines += ["", f"**{kind}**", "", _one(content, kind).rstrip("\n")]
@@ -48,21 +55,29 @@ def tables(content: Mapping[str, Any]) -> str:
 
 
 def _one(content: Mapping[str, Any], kind: str) -> str:
-    lengths = content["setting"]["lengths"]
-    rows = {(r["spec"], r["length"]): r for r in content["rows"] if r["kind"] == kind}
-    header = ["contender", "route", *(f"N = {n}" for n in lengths), "growth"]
-    header += [f"MiB at {n}" for n in lengths]
+    shaped = "shapes" in content["setting"]
+    shapes = ["x".join(map(str, shape)) for shape in content["setting"].get("shapes", ())]
+    names = shapes if shaped else content["setting"]["lengths"]
+
+    def case(row: Mapping[str, Any]) -> Any:
+        return "x".join(map(str, row["shape"])) if shaped else row["length"]
+
+    rows = {(r["spec"], case(r)): r for r in content["rows"] if r["kind"] == kind}
+    columns = names if shaped else [f"N = {n}" for n in names]
+    header = ["contender", "route", *columns, *(() if shaped else ("growth",))]
+    header += [f"MiB at {n}" for n in names]
     cells = []
     for spec in content["setting"]["specs"]:
-        own = [rows[spec, n] for n in lengths]
+        own = [rows[spec, n] for n in names]
         growth = content["growth"][spec][kind]
         measured = [row["route"] for row in own if row["error"] is None]
+        last = () if shaped else (NONE if growth is None else f"{growth:.2f}",)
         cells.append(
             [
                 code(spec),
                 ", ".join(dict.fromkeys(measured)) or NONE,
                 *map(_time, own),
-                NONE if growth is None else f"{growth:.2f}",
+                *last,
                 *(_memory(row["memory"]) for row in own),
             ]
         )

@@ -1,4 +1,4 @@
-"""Log-log plot of time and memory over length."""
+"""Plots of time and memory: over length with two logarithmic axes, or in bars for shapes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from zoo.bench.measurement import Report, Row
+from zoo.bench.shapes import ShapeSetting
 
 
 def draw(report: Report) -> Figure:
@@ -19,6 +20,8 @@ def draw(report: Report) -> Figure:
         report: The measurement.
     """
     setting = report.setting
+    if isinstance(setting, ShapeSetting):
+        return _bars(report, setting)
     columns = len(setting.passes)
     figure = Figure(figsize=(1.4 + 4.6 * columns, 7.2), layout="constrained")
     axes = figure.subplots(2, columns, squeeze=False, sharex=True, sharey="row")
@@ -43,6 +46,38 @@ def draw(report: Report) -> Figure:
         f"B={setting.batch}, C={setting.dim}, H={setting.heads}, {causal}, {setting.dtype}, "
         f"{setting.device}, threads={setting.threads}"
     )
+    return figure
+
+
+def _bars(report: Report, setting: ShapeSetting) -> Figure:
+    """Time above memory, one column for each pass; a group of bars for each shape."""
+    columns = len(setting.passes)
+    figure = Figure(figsize=(1.4 + 4.6 * columns, 7.2), layout="constrained")
+    axes = figure.subplots(2, columns, squeeze=False, sharex=True, sharey="row")
+    width = 0.8 / len(setting.specs)
+    for column, kind in enumerate(setting.passes):
+        for index, spec in enumerate(setting.specs):
+            rows = report.of(spec, kind)
+            places = [i + width * (index + 0.5) - 0.4 for i in range(len(rows))]
+            color = colormaps["tab10"](index % 10)
+            times = [1e3 * (row.time or 0.0) for row in rows]
+            errors = [500 * _iqr(row) for row in rows]
+            axes[0, column].bar(places, times, width, yerr=errors, color=color, label=spec)
+            held = [(row.memory or 0) / 2**20 for row in rows]
+            axes[1, column].bar(places, held, width, color=color)
+        axes[0, column].set_title(kind)
+        names = [setting.label(case) for case in setting.cases]
+        axes[1, column].set_xticks(range(len(names)), names, rotation=20)
+    clock = "elapsed" if setting.device == "cuda" else "processor"
+    axes[0, 0].set_ylabel(f"{clock} time of a call (ms)")
+    axes[1, 0].set_ylabel("peak memory of a call (MiB)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    labels = [label.replace("$", r"\$") for label in labels]
+    figure.legend(
+        handles, labels, fontsize=8, loc="outside lower center", ncols=min(3, columns + 1)
+    )
+    host = f"in {setting.host}, " if setting.host else ""
+    figure.suptitle(f"{host}{setting.dtype}, {setting.device}, threads={setting.threads}")
     return figure
 
 

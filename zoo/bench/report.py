@@ -17,6 +17,8 @@ from rich.text import Text
 
 from zoo.bench.measurement import Report, Row
 from zoo.bench.memory import METHODS
+from zoo.bench.settings import Setting
+from zoo.bench.shapes import AXES, ShapeSetting
 from zoo.runs import environment
 from zoo.runs.records import replace_text
 
@@ -26,9 +28,13 @@ SCHEMA = 1
 def slug(report: Report) -> str:
     """Name of the folder of a measurement, safe on every file system."""
     setting = report.setting
-    names = "-".join(setting.specs)
-    words = f"{names[:80]}-d{setting.dim}h{setting.heads}b{setting.batch}-{setting.device}"
-    words += ("-causal" if setting.causal else "") + ("-core" if setting.core else "")
+    names = "-".join(setting.specs)[:80]
+    if isinstance(setting, ShapeSetting):
+        shapes = "-".join(map(setting.label, setting.shapes))[:60]
+        words = "-".join(filter(None, (setting.host, names, shapes, setting.device)))
+    else:
+        words = f"{names}-d{setting.dim}h{setting.heads}b{setting.batch}-{setting.device}"
+        words += ("-causal" if setting.causal else "") + ("-core" if setting.core else "")
     return re.sub(r"[^A-Za-z0-9_.=-]+", "_", words)
 
 
@@ -40,24 +46,53 @@ def direction(setting: Mapping[str, Any]) -> str:
     return f"bidirectional{against}"
 
 
+def sizes(setting: Mapping[str, Any]) -> str:
+    """Say what was measured, and how large it was.
+
+    Args:
+        setting: A setting as plain data.
+    """
+    if "shapes" in setting:
+        where = f"inside {setting['host']}, " if setting["host"] else ""
+        slots = f", {setting['slots']} slots" if setting["sort"] == "slots" else ""
+        return f"{where}inputs ({AXES[setting['sort']]}){slots}"
+    core = "core only, " if setting["core"] else ""
+    return (
+        f"B={setting['batch']} C={setting['dim']} H={setting['heads']} {direction(setting)} {core}"
+    ).rstrip(", ")
+
+
 def header(report: Report) -> str:
     """How the figures came about, in a few lines."""
     s = report.setting
     where = environment.device(s.device)
     clock = "processor time" if s.device == "cpu" else "elapsed time"
+    growth = f"growth: exponent p of {clock} ~ N^p over the last three lengths"
+    if isinstance(s, ShapeSetting):
+        growth = f"{_unit(s)}/s: by the median {clock}; forward is in evaluation mode"
     return "\n".join(
         [
-            f"B={s.batch} C={s.dim} H={s.heads} {direction(asdict(s))} "
-            f"{'core only, ' if s.core else ''}{s.dtype}, {where['name']} ({s.device}, "
-            f"threads={s.threads})",
+            f"{sizes(plain(s))}, {s.dtype}, {where['name']} ({s.device}, threads={s.threads})",
             "ms, CPU ms: median elapsed and processor time of a call, each with its interquartile "
             "range, over interleaved rounds",
             f"speed: times as fast as {s.baseline!r} in the same rounds",
-            f"growth: exponent p of {clock} ~ N^p over the last three lengths",
+            growth,
             f"MiB: {METHODS[s.device]}, results included, parameters and input not",
             "GFLOP: torch.utils.flop_counter, counted in calls that are not timed",
         ]
     )
+
+
+def plain(setting: Setting | ShapeSetting) -> dict[str, Any]:
+    """A setting as plain data."""
+    found = asdict(setting)
+    if isinstance(setting, ShapeSetting):
+        found["sort"] = setting.sort
+    return found
+
+
+def _unit(setting: ShapeSetting) -> str:
+    return "images" if setting.host else "samples"
 
 
 def show(report: Report, console: Console) -> None:
@@ -80,20 +115,21 @@ def _table(report: Report, kind: str) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    table.add_column("N", justify="right")
+    setting = report.setting
+    shaped = isinstance(setting, ShapeSetting)
+    table.add_column("shape" if shaped else "N", justify="right", no_wrap=True)
     for name in ("contender", "route"):
         table.add_column(name, overflow="fold")
     figures = ["ms", "IQR", "speed"]
     figures += ["CPU ms", "IQR", "speed"] if on_cpu else []
-    for name in (*figures, "MiB", "GFLOP", "growth"):
+    last_column = f"{_unit(setting)}/s" if isinstance(setting, ShapeSetting) else "growth"
+    for name in (*figures, "MiB", "GFLOP", last_column):
         table.add_column(name, justify="right", no_wrap=True)
-    lengths = report.setting.lengths
-    for length in lengths:
-        for spec in report.setting.specs:
-            row = next(r for r in report.of(spec, kind) if r.length == length)
-            last = length == lengths[-1]
-            cells = [str(length), Text(spec), *_cells(report, row, on_cpu, last)]
-            table.add_row(*cells)
+    for i, case in enumerate(setting.cases):
+        for spec in setting.specs:
+            row = report.of(spec, kind)[i]
+            last = i == len(setting.cases) - 1
+            table.add_row(setting.label(case), Text(spec), *_cells(report, row, on_cpu, last))
         table.add_section()
     return table
 
@@ -106,17 +142,24 @@ def _cells(report: Report, row: Row, on_cpu: bool, last: bool) -> list[Text | st
         cells += [_milli(row.cpu), _milli(row.cpu_iqr), _figure(row.speed_cpu, ".2f", "x")]
     cells.append(_figure(None if row.memory is None else row.memory / 2**20, ".2f"))
     cells.append(_figure(None if row.flops is None else row.flops / 1e9, ".3g"))
-    cells.append(_figure(report.growth(row.spec, row.kind), ".2f") if last else "")
+    if isinstance(report.setting, ShapeSetting):
+        cells.append(_figure(row.rate, ".4g"))
+    else:
+        cells.append(_figure(report.growth(row.spec, row.kind), ".2f") if last else "")
     return list(cells)
 
 
 def _failures(report: Report, kind: str) -> list[str]:
-    """One line for each reason, with the lengths at which it came up."""
+    """One line for each reason, with the cases in which it came up."""
+    shaped = isinstance(report.setting, ShapeSetting)
     found: dict[tuple[str, str], list[str]] = {}
     for row in report.rows:
         if row.kind == kind and row.error is not None:
-            found.setdefault((row.spec, row.error), []).append(str(row.length))
-    return [f"{spec} at N = {', '.join(n)} failed: {why}" for (spec, why), n in found.items()]
+            found.setdefault((row.spec, row.error), []).append(
+                report.setting.label(row.shape) if shaped else str(row.length)
+            )
+    at = "" if shaped else "N = "
+    return [f"{spec} at {at}{', '.join(n)} failed: {why}" for (spec, why), n in found.items()]
 
 
 def _figure(value: float | None, form: str, unit: str = "") -> str:
@@ -133,7 +176,7 @@ def as_json(report: Report) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "setting": asdict(setting),
+        "setting": plain(setting),
         "memory_method": METHODS[setting.device],
         "device": {**environment.device(setting.device), "threads": setting.threads},
         "versions": environment.versions(),

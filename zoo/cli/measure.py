@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,8 +14,12 @@ from zoo.errors import ZooError
 
 
 def bench(
+    context: typer.Context,
     specs: Annotated[
-        list[str], typer.Argument(help="SPEC or SPEC@ROUTE; 'handwritten' is plain code.")
+        list[str],
+        typer.Argument(
+            help="SPEC or SPEC@ROUTE; 'handwritten' is plain code, 'plain' a bare --host."
+        ),
     ],
     lengths: Annotated[str, typer.Option(help="Tokens N, separated by commas.")] = (
         "512,1024,2048,4096"
@@ -23,6 +27,17 @@ def bench(
     dim: Annotated[int, typer.Option(help="Channels.")] = 512,
     heads: Annotated[int, typer.Option(help="Heads.")] = 8,
     batch: Annotated[int, typer.Option(help="Samples.")] = 1,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Shape of the input: B,C,H,W for feature modules and hosts, B,N,C for slots; "
+            "may be repeated."
+        ),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="timm model to put the contenders into, such as resnet18.")
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Slots, for slots.")] = 7,
     causal: Annotated[bool, typer.Option(help="Causal or bidirectional.")] = True,
     causal_baseline: Annotated[
         bool, typer.Option("--causal-baseline", help="Only the baseline is causal.")
@@ -34,7 +49,13 @@ def bench(
     core: Annotated[
         bool, typer.Option("--core", help="From q, k, v to the heads only, without projections.")
     ] = False,
-    baseline: Annotated[str, typer.Option(help="What the others are compared with.")] = "mha",
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="What the others are compared with; default mha, plain in a host, and else "
+            "the first, or the first named @reference."
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Rounds, at least.")] = 5,
     min_time: Annotated[
         float, typer.Option(help="Seconds of measurement for each length and pass, at least.")
@@ -49,28 +70,44 @@ def bench(
         Path | None, typer.Option(help="Folder of the results; default runs/bench/NAME.")
     ] = None,
 ) -> None:
-    """Measure time, memory and FLOPs of mechanisms side by side."""
+    """Measure time, memory and FLOPs of mechanisms, or of models with them, side by side."""
     from zoo import bench as measuring
     from zoo.bench import report as reporting
 
-    setting = measuring.Setting(
-        specs=specs,
-        lengths=_numbers(lengths),
-        dim=dim,
-        heads=heads,
-        batch=batch,
-        causal=causal and not causal_baseline,
-        causal_baseline=causal_baseline,
-        threads=threads,
-        backward=not forward_only,
-        core=core,
-        baseline=baseline,
-        rounds=repeats,
-        seconds=min_time,
-        device=device,
-        dtype=dtype,
-        give_up=give_up,
-    )
+    common: dict[str, Any] = {
+        "specs": specs,
+        "threads": threads,
+        "backward": not forward_only,
+        "rounds": repeats,
+        "seconds": min_time,
+        "device": device,
+        "dtype": dtype,
+    }
+    setting: measuring.Setting | measuring.ShapeSetting
+    if host is not None or measuring.sort_of(specs) is not None:
+        _refuse_sizes(context)
+        shapes = [tuple(_numbers(text, "shape", "8,64,56,56")) for text in shape or ()]
+        setting = measuring.ShapeSetting(
+            shapes=shapes, host=host, slots=slots, baseline=baseline, **common
+        )
+    else:
+        if shape:
+            raise ZooError(
+                f"shape={shape[0]} is for feature modules, slots and hosts; token mixers have "
+                "lengths, dim, heads and batch"
+            )
+        setting = measuring.Setting(
+            lengths=_numbers(lengths),
+            dim=dim,
+            heads=heads,
+            batch=batch,
+            causal=causal and not causal_baseline,
+            causal_baseline=causal_baseline,
+            core=core,
+            baseline=baseline or "mha",
+            give_up=give_up,
+            **common,
+        )
     # Plain lines: a spinner would be a second thread that takes time from what is measured.
     report = measuring.measure(setting, lambda stage: notes().print(f"measuring {stage}"))
     reporting.show(report, console())
@@ -81,12 +118,27 @@ def bench(
         raise Failed(f"no figures for {', '.join(map(repr, report.failed))}; the table says why")
 
 
-def _numbers(text: str) -> list[int]:
+# Options that say how large token mixers are, and nothing to others.
+_SIZES = ("lengths", "dim", "heads", "batch", "causal", "causal_baseline", "core", "give_up")
+
+
+def _refuse_sizes(context: typer.Context) -> None:
+    """Refuse options that would say nothing."""
+    for name in _SIZES:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ZooError(
+                f"--{name.replace('_', '-')} is for token mixers; feature modules, slots and "
+                "hosts take --shape"
+            )
+
+
+def _numbers(text: str, name: str = "lengths", example: str = "512,1024") -> list[int]:
     try:
         return [int(item) for item in text.split(",")]
     except ValueError:
         raise ZooError(
-            f"lengths={text!r} must be whole numbers separated by commas, e.g. 512,1024"
+            f"{name}={text!r} must be whole numbers separated by commas, e.g. {example}"
         ) from None
 
 

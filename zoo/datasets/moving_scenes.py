@@ -79,6 +79,7 @@ class MovingScenes(SceneData):
     batch_size: int = 32
     eval_batch_size: int = 64
 
+    task = "object_videos"
     block = 32
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ class SceneSets(SceneData):
             no place.
     """
 
-    task = "sets"
+    task = "properties"
 
     @property
     def classes(self) -> tuple[int, ...]:

@@ -127,7 +127,7 @@ class SceneData(GeneratedData):
                 f"max_objects={self.max_objects} objects cannot have distinct_colours: there are "
                 f"{len(self._look.colours)} colours"
             )
-        # A smallest shape has about a third of its box (the triangle and the cross have more).
+        # No shape has more pixels than its box.
         side = min(sizes) * min(self.height, self.width)
         if side * side < self.min_visible:
             raise ZooError(

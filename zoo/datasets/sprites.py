@@ -250,7 +250,6 @@ def place(rows: int, look: Look, generator: torch.Generator) -> tuple[Objects, T
         missed[open_rows[~good]] += 1
         again = missed >= TRIES
         done[again], missed[again] = 0, 0
-        visible[again] = False
         restarts += again
     raise ZooError(
         f"{look.max_objects} objects find no place in images of {look.height}x{look.width}: fewer "

@@ -1,4 +1,4 @@
-"""Models that host attention, by name: a decoder for sequences, timm's ViT and ResNet.
+"""Models that host attention, by name: a decoder for sequences, timm's networks, models of slots.
 
 A model registers itself where it is written, with ``@model("name")``; modules are found by walking
 this package when a model is first asked for, since some of them bring in timm.

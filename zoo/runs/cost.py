@@ -31,7 +31,15 @@ def flops(model: nn.Module, *example: Tensor) -> int:
         model: The model, in evaluation mode.
         example: Its inputs for one sequence or image.
     """
-    return operations.count(lambda: model(*example))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # The counter looks for the history of a view of a parameter, which there is none of here.
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        return operations.count(lambda: model(*example))
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
 
 
 @torch.no_grad()
