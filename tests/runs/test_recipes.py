@@ -26,10 +26,11 @@ NARROW = {
     "transnormer": ["model.dim=16", "model.heads=2"],
     "vit": ["model.dim=16", "model.heads=2"],
     "resnet": ["model.width=4", "model.variant=resnet10t"],
-    "residual_attention": ["model.width=8"],
-    "rasm": ["data.height=16", "data.width=16"],
     "slot_autoencoder": ["model.dim=8", "model.width=4"],
     "set_prediction": ["model.dim=8", "model.width=4"],
+    "set_autoencoder": ["model.dim=8", "model.width=4"],
+    "residual_attention": ["model.width=8"],
+    "rasm": ["data.height=16", "data.width=16"],
 }
 SMALL = {
     "tagging": ["data.val_size=8", "data.test_size=8"],

@@ -118,8 +118,9 @@ def test_loss_is_the_error_over_all_pixels_and_frames():
     _, batch = drawn("moving_scenes", frames=2)
     task = made("object_videos", Told(truth(batch["masks"]), batch["video"] + 0.5))
     scene = task.logits(batch)
-    assert float(task.loss(scene, batch)) == pytest.approx(0.25)
-    task.loss(scene, batch).backward()
+    loss = task.loss(scene, batch)
+    assert loss.item() == pytest.approx(0.25)
+    loss.backward()
     assert float(task.model.weight.grad) == pytest.approx(1.0)
 
 
@@ -164,7 +165,7 @@ RECIPES = ("scenes", "scenes_video")
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_evaluation_gives_the_same_figures_and_leaves_training_as_it_was(name, tmp_path, monkeypatch):
+def test_evaluation_repeats_and_leaves_training_as_it_was(name, tmp_path, monkeypatch):
     monkeypatch.setattr(Training, "draw", lambda self: [])
     small = [*SMALL, "attention=mesh", "steps=4"]
 

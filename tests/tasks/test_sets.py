@@ -77,7 +77,7 @@ def test_the_loss_of_properties_fills_up_the_set_with_no_object():
     answer = torch.zeros(5, 6, width)
     task = made(data, answer)
     wanted = F.smooth_l1_loss(torch.zeros_like(batch["targets"]), batch["targets"]) * 4 / 6
-    assert float(task.loss(task.logits(batch), batch)) == pytest.approx(float(wanted))
+    assert task.loss(task.logits(batch), batch).item() == pytest.approx(float(wanted))
     found = figures(task, batch)
     assert found["loss"] == pytest.approx(float(wanted))
     assert found["set_mse"] == pytest.approx(float(batch["targets"].square().mean() * 4 / 6))
@@ -124,7 +124,7 @@ def test_pictures_show_true_and_predicted_sets(name, options):
 
 
 @pytest.mark.parametrize("name", ["point_sets", "scene_sets"])
-def test_evaluation_gives_the_same_figures_and_leaves_training_as_it_was(name, tmp_path, monkeypatch):
+def test_evaluation_repeats_and_leaves_training_as_it_was(name, tmp_path, monkeypatch):
     monkeypatch.setattr(Training, "draw", lambda self: [])
     small = [*SMALL, "model.dim=8", "model.width=4", "attention=mesh", "steps=4"]
 
