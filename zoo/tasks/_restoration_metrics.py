@@ -61,7 +61,7 @@ def decibels(error: Tensor) -> Tensor:
 
 def ssim_map(pred: Tensor, target: Tensor) -> Tensor:
     """SSIM around each pixel, mean of the channels, (B, 1, H, W)."""
-    _, full = structural_similarity_index_measure(  # type: ignore[misc]
+    _, full = structural_similarity_index_measure(
         pred, target, data_range=1.0, reduction="none", return_full_image=True
     )
     return full.mean(1, keepdim=True)
