@@ -84,8 +84,8 @@ def read(files: Files) -> Triplet:
     """
     arrays = []
     for path, mode in zip(files, ("RGB", "L", "RGB"), strict=True):
-        with opened(path) as image:
-            arrays.append(np.array(image.convert(mode)))
+        with opened(path) as picture:
+            arrays.append(np.array(picture.convert(mode)))
     had = arrays[0].shape[:2]
     for what, path, array in zip(("mask", "target"), files[1:], arrays[1:], strict=True):
         if array.shape[:2] != had:
