@@ -213,6 +213,8 @@ def test_it_runs_where_autograd_may_not():
         ({"exact": "yes"}, "exact='yes' must be True or False"),
         ({"backend": "triton"}, "unknown backend 'triton'"),
         ({"distance": "l3"}, "unknown distance 'l3'"),
+        ({"backend": "reference", "exact": False}, "backend='reference' is exact"),
+        ({"mesh_steps": 0, "learn_mesh_lr": True}, "learn_mesh_lr=True needs mesh_steps"),
     ],
 )
 def test_impossible_options_are_named(options, message):

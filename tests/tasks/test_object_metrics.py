@@ -18,7 +18,6 @@ from zoo.tasks._object_metrics import (
     SlotConsistency,
     adjusted_rand,
     bind,
-    refuse_too_many,
 )
 
 
@@ -233,11 +232,3 @@ def test_what_does_not_fit_is_refused(predicted, masks, message):
 def test_slots_of_a_single_image_cannot_be_kept():
     with pytest.raises(ZooError, match="have no frames"):
         SlotConsistency().update(torch.rand(1, 2, 3, 3), torch.zeros(1, 2, 3, 3).bool())
-
-
-def test_more_objects_than_slots_are_refused_where_that_is_asked():
-    masks = one_hot(torch.tensor([[[1, 2, 3]]]), 6)
-    refuse_too_many(masks, 3)
-    refuse_too_many(masks[:0], 0)
-    with pytest.raises(ZooError, match="a scene shows 3 objects, but there are only slots=2"):
-        refuse_too_many(masks, 2)

@@ -218,7 +218,8 @@ def _show_single(
         for option, value in (("heads", heads), ("length", length), ("causal", causal)):
             if value is not None:
                 raise ZooError(f"--{option} belongs to token mixers; {spec!r} is of kind {kind!r}")
-        return drawing.save_figure(module_figure(spec, channels=dim or 64, seed=seed), path)
+        figure = module_figure(spec, channels=64 if dim is None else dim, seed=seed)
+        return drawing.save_figure(figure, path)
     maps = drawing.host_maps(
         spec,
         dim=64 if dim is None else dim,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,12 +14,28 @@ from zoo.datasets import checks
 from zoo.datasets.base import DataModule, content_hash
 from zoo.datasets.batches import Source
 from zoo.datasets.order import Epochs, Order, Stream, generator
-from zoo.datasets.synthetic import EVAL_SEED, Table
+
+EVAL_SEED = 0
 
 Draw = Callable[[int, torch.Generator], dict[str, Tensor]]
 
 
-class DrawnBlocks:
+class Table:
+    """A finite set of examples, held in memory.
+
+    Args:
+        columns: Tensors with one row per example.
+    """
+
+    def __init__(self, columns: Mapping[str, Tensor]) -> None:
+        self.columns = dict(columns)
+
+    def take(self, indices: Tensor) -> dict[str, Tensor]:
+        """Return the examples at these indices."""
+        return {name: column[indices] for name, column in self.columns.items()}
+
+
+class Blocks:
     """An endless stream of examples, drawn a block at a time.
 
     Args:
@@ -102,10 +118,10 @@ class GeneratedData(DataModule):
         if self.train_size is not None:
             self.source("train")
 
-    def stream(self, split: str) -> DrawnBlocks:
+    def stream(self, split: str) -> Blocks:
         """Return the endless stream that a split is the beginning of."""
         seed = self.seed if split == "train" else EVAL_SEED
-        return DrawnBlocks(self.draw, (self.name, self.version, seed, split), self.block)
+        return Blocks(self.draw, (self.name, self.version, seed, split), self.block)
 
     def size(self, split: str) -> int:
         """Return the number of examples of a finite split."""
@@ -130,6 +146,7 @@ class GeneratedData(DataModule):
     def digest(self) -> str:
         """Return the hash of generator version, parameters and sizes."""
         facts = {
+            **self.digested(),
             "version": self.version,
             "parameters": self.parameters(),
             "sizes": [self.train_size, self.val_size, self.test_size],
@@ -137,3 +154,7 @@ class GeneratedData(DataModule):
             "block": self.block,
         }
         return content_hash(str(self.name), json.dumps(facts, sort_keys=True))
+
+    def digested(self) -> dict[str, Any]:
+        """Return what else the examples depend on, as JSON can hold it."""
+        return {}

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from zoo.datasets import checks, shadow_synthesis
 from zoo.datasets.base import content_hash
-from zoo.datasets.generated import DrawnBlocks, GeneratedData
+from zoo.datasets.generated import EVAL_SEED, Blocks, GeneratedData
 from zoo.datasets.registry import dataset
-from zoo.datasets.synthetic import EVAL_SEED
 from zoo.errors import ZooError
 
 COLUMNS = {"train": ((0, 252), (520, 640)), "val": ((260, 384),), "test": ((392, 512),)}
@@ -180,8 +179,8 @@ class Shadows(GeneratedData):
         mask = shadow_synthesis.misdrawn(region, self.mask_error, source)
         return {"image": image, "mask": mask[:, None], "target": target, "region": region[:, None]}
 
-    def stream(self, split: str) -> DrawnBlocks:
+    def stream(self, split: str) -> Blocks:
         """Return the endless stream that a split is the beginning of."""
         seed = self.seed if split == "train" else EVAL_SEED
         key = (self.name, self.version, seed, split)
-        return DrawnBlocks(partial(self.draw, split=split), key, self.block)
+        return Blocks(partial(self.draw, split=split), key, self.block)

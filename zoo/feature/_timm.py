@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ class TimmFeature(nn.Module):
     Args:
         name: What timm's `get_attn` calls it.
         channels: Channels C.
-        options: Its arguments.
+        options: Its arguments by name.
 
     Raises:
         ZooError: There are no channels.
@@ -23,7 +24,7 @@ class TimmFeature(nn.Module):
 
     kind = "feature"
 
-    def __init__(self, name: str, channels: int, **options: Any) -> None:
+    def __init__(self, name: str, channels: int, options: Mapping[str, Any]) -> None:
         from timm.layers import get_attn
 
         super().__init__()

@@ -63,11 +63,5 @@ class CBAM(TimmFeature):
         check_ratio(rd_ratio)
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ZooError(f"kernel_size={kernel_size!r} must be an odd number of at least 1")
-        super().__init__(
-            "cbam",
-            channels,
-            rd_ratio=rd_ratio,
-            spatial_kernel_size=kernel_size,
-            device=device,
-            dtype=dtype,
-        )
+        options = {"rd_ratio": rd_ratio, "spatial_kernel_size": kernel_size}
+        super().__init__("cbam", channels, {**options, "device": device, "dtype": dtype})

@@ -63,7 +63,7 @@ class EfficientChannelAttention(TimmFeature):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__("eca", channels, device=device, dtype=dtype)
+        super().__init__("eca", channels, {"device": device, "dtype": dtype})
         if kernel_size is None:
             return
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:

@@ -58,4 +58,5 @@ class SqueezeExcitation(TimmFeature):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_ratio(rd_ratio)
-        super().__init__("se", channels, rd_ratio=rd_ratio, device=device, dtype=dtype)
+        options = {"rd_ratio": rd_ratio, "device": device, "dtype": dtype}
+        super().__init__("se", channels, options)

@@ -134,9 +134,7 @@ def check_hosted(name: str, attention: str) -> None:
     for part in parse(attention):
         kind = part.entry.kind
         if ("mixer" if kind in SOCKETS else kind) not in kinds:
-            hosted = ", ".join(
-                "token mixer" if k == "mixer" else k for k in kinds if k not in SOCKETS
-            )
+            hosted = ", ".join("token mixer" if k == "mixer" else k for k in kinds)
             raise CompatibilityError(
                 f"{part.name!r} is of kind {kind!r}, but the model {name!r} hosts: {hosted}"
             )

@@ -81,6 +81,10 @@ class SlotAutoencoder(nn.Module):
                 f"images of shape {tuple(x.shape)} do not fit; allowed: (B, C, H, W) or "
                 f"(B, T, C, H, W) with (C, H, W) = {self.image_shape}"
             )
+        if x.ndim == 4 and self.video.noise != "none":
+            raise ZooError(
+                f"slot_noise={self.video.noise!r} comes between frames, which an image has none of"
+            )
         frames = x if x.ndim == 5 else x[:, None]
         lead = frames.shape[:2]
         inputs = self.encoder(2 * frames.flatten(0, 1) - 1).unflatten(0, lead)
@@ -144,6 +148,19 @@ def slot_autoencoder(
     sizes = {"dim": dim, "width": width, "stride": stride, "upsample": upsample, "patch": patch}
     for name, size in {**sizes, "depth": depth, "heads": heads}.items():
         check_whole(name, size, 1)
+    tokens = encoder == "vit" or decoder == "transformer"
+    idle = {
+        "stride": (stride != 1 and encoder == "vit", "encoder='cnn'"),
+        "encoder_attention": (encoder_attention != "mha" and encoder == "cnn", "encoder='vit'"),
+        "upsample": (upsample != 1 and decoder == "transformer", "decoder='spatial_broadcast'"),
+        **{
+            name: (given and not tokens, "encoder='vit' and decoder='transformer'")
+            for name, given in (("patch", patch != 4), ("depth", depth != 2), ("heads", heads != 4))
+        },
+    }
+    for name, (ignored, owner) in idle.items():
+        if ignored:
+            raise ZooError(f"{name} belongs to {owner} and would do nothing here")
     count = slot_count(slots, max_objects, background=1)
     module = slot_module(attention, width, dim, count, iterations=iterations, hidden=hidden)
     encode: nn.Module

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
 
 from zoo.datasets import DataModule
 from zoo.parts import advance
@@ -34,6 +35,12 @@ PICTURES = "pictures"
 _TERMINATED = 128 + 15  # what a shell reports of a process that SIGTERM ended
 
 
+def _like(item: Tensor, model: nn.Module) -> Tensor:
+    """Bring an input to the device of a model, and numbers to its type."""
+    weight = next(model.parameters())
+    return item.to(weight.device, weight.dtype if item.is_floating_point() else item.dtype)
+
+
 def task_pictures(task: Task, data: DataModule) -> dict[str, Figure]:
     """Let a task draw its first validation batch.
 
@@ -43,8 +50,7 @@ def task_pictures(task: Task, data: DataModule) -> dict[str, Figure]:
     """
     data.setup()
     batch = next(iter(data.val_dataloader()))
-    weight = next(task.model.parameters())
-    batch = {key: value.to(weight.device) for key, value in batch.items()}
+    batch = {key: _like(value, task.model) for key, value in batch.items()}
     was_training = task.training
     task.eval()
     try:
@@ -211,11 +217,7 @@ class Training:
         root = trainer.strategy.root_device
         self._facts["peak_memory_bytes"] = cost.peak_memory(root)
         model = task.model.eval()
-        weight = next(model.parameters())
-        one = [
-            item.to(weight.device, weight.dtype if item.is_floating_point() else item.dtype)
-            for item in data.example()
-        ]
+        one = [_like(item, model) for item in data.example()]
         self._facts["parameters"] = cost.parameters(model)
         self._facts["flops"] = cost.flops(model, *one)
         self._facts["state_bytes"] = cost.state_bytes(model, one[0])

@@ -305,16 +305,7 @@ def sinkhorn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`sinkhorn_reference` with its gradient by hand, which keeps no graph of the iterations.
 
-    Args:
-        cost: C, (B, N, K).
-        log_a: Logarithms of the masses of the inputs, (B, N).
-        log_b: Logarithms of the masses of the slots, (B, K).
-        iterations: S.
-        temperature: Of the plan.
-        v: Warm start, (B, K); u follows from it.
-
-    Returns:
-        Plan (B, N, K), u (B, N), v (B, K).
+    Arguments and results are those of the reference.
     """
     p = cost.mT / -temperature
     v = torch.zeros_like(log_b) if v is None else v
@@ -338,19 +329,8 @@ def mesh(
 ) -> tuple[Tensor, Tensor | None]:
     """`mesh_reference` with the gradient of the entropy by hand.
 
-    Args:
-        cost: C with its noise, (B, N, K).
-        log_a: (B, N).
-        log_b: (B, K).
-        lr: Length of a step.
-        steps: Steps of descent.
-        iterations: S of every plan on the way.
-        reuse: Start each plan at the v of the one before.
-        exact: Keep the graph of v from plan to plan, as the official code does; otherwise the
-            warm start counts as a constant, like the steps.
-
-    Returns:
-        The cost after the last step, and the v to start the final plan at, or None.
+    Arguments and results are those of the reference. With `exact` the graph of v is kept from plan
+    to plan, as the official code does; without it a warm start counts as a constant, like a step.
     """
     zero = torch.zeros_like(log_b)
     v = zero

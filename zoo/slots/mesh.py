@@ -143,6 +143,10 @@ class MESH(SlotAttention):
                 raise ZooError(f"{name}={value!r} must be True or False")
         if backend not in ("auto", "torch", "reference"):
             raise unknown("backend", backend, ("auto", "torch", "reference"))
+        if backend == "reference" and not exact:
+            raise ZooError("backend='reference' is exact; exact=False is for backend='torch'")
+        if learn_mesh_lr and not mesh_steps:
+            raise ZooError("learn_mesh_lr=True needs mesh_steps of at least 1 to learn from")
         self.mesh_steps, self.reuse_uv, self.exact = mesh_steps, reuse_uv, exact
         self.noise_scale, self.backend = float(noise_scale), backend
         self.lr: nn.Parameter | float = float(lr)
@@ -184,7 +188,7 @@ class MESH(SlotAttention):
             noise = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
         elif noise.shape != shape:
             raise ZooError(f"noise of shape {tuple(noise.shape)} must be {shape}")
-        return self._rounds(x, slots, mask, generator, noise, return_weights)
+        return self._rounds(x, slots, mask, noise, return_weights)
 
     def _plan(self, cost: Tensor, log_a: Tensor, log_b: Tensor, noise: Tensor | None) -> Tensor:
         """Plan of little entropy, (B, N, K)."""

@@ -99,19 +99,20 @@ class SlotAttention(nn.Module):
         distance: How k and q are compared: "dot", "l2" or "cosine"; None takes dot for softmax and
             l2 for sinkhorn. A distance counts with a minus sign in a softmax, a product in a cost.
         scale_cost: Factor of the cost, or of the scores.
-        scale_marginals: Mass m of all inputs, and of all slots; None takes the number of slots.
-        sinkhorn_iterations: Rounds S of Sinkhorn's algorithm.
+        scale_marginals: Mass m of all inputs, and of all slots, of a plan; None takes the number
+            of slots.
+        sinkhorn_iterations: Rounds S of Sinkhorn's algorithm; None takes 5.
         temperature: Of the plan, or of the softmax.
         init: How slots begin: "learned_random" draws from a learned normal distribution that all
             share, "fixed_random" from one that is not trained, "learned" has a vector for each
             slot, "identical" one vector for all.
         detach_slots: Cut the gradient between rounds.
-        eps: Added to the weights of a softmax.
+        eps: Added to the weights of a softmax; None takes 1e-8.
         device: Where parameters are made.
         dtype: Their type.
 
     Raises:
-        ZooError: A size or an option is out of range.
+        ZooError: A size or an option is out of range, or belongs to the other normalizer.
     """
 
     kind = "slots"
@@ -130,17 +131,24 @@ class SlotAttention(nn.Module):
         distance: str | None = None,
         scale_cost: float = 1.0,
         scale_marginals: float | None = None,
-        sinkhorn_iterations: int = 5,
+        sinkhorn_iterations: int | None = None,
         temperature: float = 1.0,
         init: str = "learned_random",
         detach_slots: bool = False,
-        eps: float = 1e-8,
+        eps: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        plan = normalizer == "sinkhorn"
+        of_plans = {"scale_marginals": scale_marginals, "sinkhorn_iterations": sinkhorn_iterations}
+        for name, given in ({"eps": eps} if plan else of_plans).items():
+            if given is not None and normalizer in NORMALIZERS:
+                raise ZooError(f"{name}={given!r} does nothing with normalizer={normalizer!r}")
+        rounds = 5 if sinkhorn_iterations is None else sinkhorn_iterations
+        eps = 1e-8 if eps is None else eps
         sizes = {"dim_in": dim_in, "dim": dim, "slots": slots, "hidden": hidden}
-        sizes |= {"iterations": iterations, "sinkhorn_iterations": sinkhorn_iterations}
+        sizes |= {"iterations": iterations, "sinkhorn_iterations": rounds}
         for name, size in sizes.items():
             if type(size) is not int or size < 1:
                 raise ZooError(f"{name}={size!r} must be a whole number of at least 1")
@@ -163,7 +171,7 @@ class SlotAttention(nn.Module):
         self.iterations, self.normalizer, self.init = iterations, normalizer, init
         self.distance = distance or ("dot" if normalizer == "softmax" else "l2")
         self.scale_cost, self.scale_marginals = scale_cost, scale_marginals
-        self.sinkhorn_iterations, self.temperature = sinkhorn_iterations, temperature
+        self.sinkhorn_iterations, self.temperature = rounds, temperature
         self.detach_slots, self.eps = detach_slots, eps
         made: Any = {"device": device, "dtype": dtype}
         self.norm_inputs = nn.LayerNorm(dim_in, **made)
@@ -234,20 +242,18 @@ class SlotAttention(nn.Module):
         Raises:
             ZooError: A shape does not fit.
         """
-        return self._rounds(x, slots, mask, generator, None, return_weights)
+        self._check(x, slots, mask)
+        slots = self.start(len(x), x, generator) if slots is None else slots
+        return self._rounds(x, slots, mask, None, return_weights)
 
     def _rounds(
         self,
         x: Tensor,
-        slots: Tensor | None,
+        slots: Tensor,
         mask: Tensor | None,
-        generator: torch.Generator | None,
         noise: Tensor | None,
         return_weights: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        self._check(x, slots, mask)
-        if slots is None:
-            slots = self.start(len(x), x, generator)
         x = self.norm_inputs(x)
         k, v = self._project(self.project_k, x), self.project_v(x)
         seen = None if mask is None else _seen(mask)

@@ -25,8 +25,6 @@ object whose slot does not touch it has none.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -129,26 +127,6 @@ def bind(overlap: Tensor) -> tuple[Tensor, Tensor]:
     return slot.masked_fill(found == 0, -1), found
 
 
-def refuse_too_many(masks: Tensor, slots: int) -> None:
-    """Refuse scenes that hold more objects than there are slots to find them.
-
-    `ForegroundARI`, `MatchedIoU` and `SlotConsistency` take such scenes and count what is missed.
-
-    Args:
-        masks: Masks of the objects (..., M, H, W).
-        slots: Number of slots.
-
-    Raises:
-        ZooError: There are more.
-    """
-    most = int(masks.flatten(-2).any(-1).sum(-1).max()) if masks.numel() else 0
-    if most > slots:
-        raise ZooError(
-            f"a scene shows {most} objects, but there are only slots={slots}; allowed: at least "
-            f"{most}, better {most + 1} with one for the background"
-        )
-
-
 class _Ratio(Metric):
     """A sum over a number, added up over batches and processes.
 
@@ -163,8 +141,8 @@ class _Ratio(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self) -> None:
+        super().__init__()
         for name in ("total", "count"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 

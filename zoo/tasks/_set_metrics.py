@@ -20,7 +20,6 @@ each recall, made to fall.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -221,9 +220,8 @@ class SetPrecision(Metric):
         classes: Sequence[int],
         thresholds: Sequence[float] = THRESHOLDS,
         extent: float = EXTENT,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__()
         self.coordinates, self.classes = coordinates, tuple(classes)
         self.thresholds, self.extent = tuple(thresholds), extent
         self.add_state("objects", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
