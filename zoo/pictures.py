@@ -22,6 +22,8 @@ from zoo.errors import ZooError
 
 SAMPLES = 4
 """Examples in a picture."""
+TOP = 0.98
+"""The colour scale of maps ends at this quantile of their values, and begins at its mirror."""
 LIFTED = 96
 """Side of the photograph that an untrained module is shown on."""
 
@@ -44,7 +46,8 @@ def panels(
         columns: Above each column.
         names: Beside each row.
         label: What the numbers of the maps are.
-        limits: Ends of the colour scale of all maps; None takes those of the maps.
+        limits: Ends of the colour scale of all maps; None takes those of the maps, but for the
+            few values far out that would leave all others in one colour.
 
     Raises:
         ZooError: There is nothing to draw, or a panel has another shape.
@@ -93,7 +96,10 @@ def panels(
     for axis, name in zip(axes[0], columns, strict=False):
         axis.set_title(name, fontsize=8)
     if shown is not None and label:
-        bar = figure.colorbar(shown, ax=axes, shrink=0.8)
+        every = torch.cat([m.detach().float().flatten().cpu() for m in maps])
+        over, under = bool((every > scale[1]).any()), bool((every < scale[0]).any())
+        extend = {(1, 1): "both", (1, 0): "max", (0, 1): "min"}.get((over, under), "neither")
+        bar = figure.colorbar(shown, ax=axes, shrink=0.8, extend=extend)
         bar.set_label(label, fontsize=8)
         bar.ax.tick_params(labelsize=7)
     if title:
@@ -106,11 +112,13 @@ def _ratio(panel: Tensor) -> float:
 
 
 def _limits(maps: Sequence[Tensor]) -> tuple[float, float]:
-    values = torch.cat([m.detach().float().flatten() for m in maps]) if maps else torch.zeros(0)
+    values = (
+        torch.cat([m.detach().float().flatten().cpu() for m in maps]) if maps else torch.zeros(0)
+    )
     values = values[values.isfinite()]
     if not len(values):
         return 0.0, 1.0
-    low, high = float(values.min()), float(values.max())
+    low, high = np.quantile(values.numpy(), (1 - TOP, TOP)).tolist()
     # A gate that is the same everywhere has no range; it is shown in the middle of one.
     return (low, high) if high - low > 1e-6 * max(1.0, abs(high)) else (low - 0.5, high + 0.5)
 
