@@ -10,6 +10,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 import zoo
+from zoo.errors import ZooError
 from zoo.feature.regional import RegionalAttention, regional_attention_reference
 
 # Windows of 11 x 11 two apart fill a map of 6 x 6 up to 22 x 22; these fit, and leave things out.
@@ -233,3 +234,14 @@ def test_bad_input():
     for bad in (mask[..., 1:], mask.float(), mask[:, 0]):
         with pytest.raises(zoo.ZooError, match="mask of dtype"):
             module(torch.zeros(2, 8, 6, 6), bad)
+
+
+def test_the_backend_is_its_route():
+    module = zoo.create("regional", 8, heads=2, kernel=3)
+    assert module.route is None
+    module.route = "reference"
+    assert module.backend == "reference"
+    module.route = None
+    assert module.backend == "auto"
+    with pytest.raises(ZooError, match="did you mean 'reference'"):
+        module.route = "referense"

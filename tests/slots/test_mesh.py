@@ -239,3 +239,12 @@ def test_costs_beyond_the_range_of_factors_are_taken_in_logarithms():
         assert_close(found, expected, f"result {i}", gradient=i > 0)
     sharp, _ = mesh(inputs[0], *inputs[1:])
     assert bool(sharp.isfinite().all())
+
+
+def test_the_backend_is_its_route():
+    module = build()
+    assert module.route is None
+    module.route = "reference"
+    assert module.backend == "reference"
+    with pytest.raises(ZooError, match="did you mean 'reference'"):
+        module.route = "referense"

@@ -149,6 +149,8 @@ class RegionalAttention(nn.Module):
     kind = "feature"
     special_init = True
 
+    routes = ("torch", "reference")
+
     def __init__(
         self,
         channels: int,
@@ -236,6 +238,17 @@ class RegionalAttention(nn.Module):
         y = self._windows(q, k, v, key_bias)
         y = y[:, :, :height, :width].permute(0, 2, 3, 1, 4).flatten(3)
         return self.proj_dropout(self.proj(y)).permute(0, 3, 1, 2)
+
+    @property
+    def route(self) -> str | None:
+        """The backend under the name that `zoo bench NAME@ROUTE` goes by; None is "auto"."""
+        return None if self.backend == "auto" else self.backend
+
+    @route.setter
+    def route(self, value: str | None) -> None:
+        if value not in (None, *self.routes):
+            raise unknown("route", value, self.routes)
+        self.backend = value or "auto"
 
     def _windows(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0

@@ -88,6 +88,8 @@ class MESH(SlotAttention):
         ZooError: A size or an option is out of range.
     """
 
+    routes = ("torch", "reference")
+
     def __init__(
         self,
         dim_in: int,
@@ -152,6 +154,17 @@ class MESH(SlotAttention):
         self.lr: nn.Parameter | float = float(lr)
         if learn_mesh_lr:
             self.lr = nn.Parameter(torch.full((1,), float(lr), device=device, dtype=dtype))
+
+    @property
+    def route(self) -> str | None:
+        """The backend under the name that `zoo bench NAME@ROUTE` goes by; None is "auto"."""
+        return None if self.backend == "auto" else self.backend
+
+    @route.setter
+    def route(self, value: str | None) -> None:
+        if value not in (None, *self.routes):
+            raise unknown("route", value, self.routes)
+        self.backend = value or "auto"
 
     def forward(
         self,
