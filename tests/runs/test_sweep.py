@@ -18,6 +18,7 @@ from zoo.runs import processes
 from zoo.runs import sweep as module
 from zoo.runs.grid import parse_grid
 from zoo.runs.records import RecordWarning, read, write
+from zoo.runs.spawn import Processes
 from zoo.runs.sweep import sweep
 
 RUNNER = Path(__file__).with_name("toy_runner.py")
@@ -110,17 +111,24 @@ def test_runs_that_form_no_grid_are_listed(runner, tmp_path):
     ]
 
 
-def test_without_a_runner_the_command_is_that_of_zoo(tmp_path, monkeypatch):
-    commands = []
+def test_without_a_runner_runs_are_forked_from_a_nursery(tmp_path, monkeypatch):
+    given = []
 
-    class Process(subprocess.Popen):
-        def __init__(self, command, **options):
-            commands.append(command)
-            super().__init__([sys.executable, "-I", "-c", ""], **options)
+    class Watched(Processes):
+        def __init__(self):
+            super().__init__([sys.executable, "-I", "-c", ""])
 
-    monkeypatch.setattr(module.subprocess, "Popen", Process)
+        def start(self, arguments, log, environment):
+            given.append(arguments)
+            return super().start(arguments, log, environment)
+
+        def close(self):
+            given.append("closed")
+
+    monkeypatch.setattr(module, "Nursery", Watched)
     sweep("toy", {}, records=tmp_path / "records", runs=tmp_path, progress=False)
-    assert commands[0][:5] == [sys.executable, "-m", "zoo", "run", "toy"]
+    assert given[0][0] == "toy"
+    assert given[1:] == ["closed"]
 
 
 @pytest.mark.parametrize(("jobs", "threads"), [(1, "6"), (2, "3"), (4, "1"), (9, "1")])

@@ -6,12 +6,13 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from zoo.runs.spawn import Handle
 
 POLL = 0.05  # seconds between two looks at the running processes
 GRACE = 10.0  # seconds for an ended process to put its things in order
@@ -39,29 +40,33 @@ def last_line(log: Path, start: int = 0) -> str:
     return lines[-1][:300] if lines else "it said nothing"
 
 
-def end(processes: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> None:
-    """End processes, each the head of its group, and wait for them.
+def end(handles: Sequence[Handle], received: Sequence[int]) -> None:
+    """End runs, each the head of its group of processes, and wait for them.
 
     Args:
-        processes: The processes.
+        handles: The runs.
         received: Signals so far; one more ends the time of grace.
     """
-    for process in processes:
-        _signal(process, signal.SIGTERM)
+    for handle in handles:
+        _signal(handle, signal.SIGTERM)
     patience, deadline = len(received), time.monotonic() + GRACE
-    for process in processes:
-        while process.poll() is None:
+    for handle in handles:
+        while handle.poll() is None:
             if time.monotonic() > deadline or len(received) > patience:
-                _signal(process, signal.SIGKILL)
-                process.wait()
+                _signal(handle, signal.SIGKILL)
+                handle.wait()
                 break
             time.sleep(POLL)
 
 
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    if process.poll() is None:  # only then does the number surely belong to its group
+def _signal(handle: Handle, number: int) -> None:
+    if handle.poll() is not None:
+        return
+    if handle.pid is None:  # it is not a process here, or none that heads a group
+        (handle.kill if number == signal.SIGKILL else handle.terminate)()
+    else:  # as it lives, the number surely belongs to its group
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+            os.killpg(handle.pid, number)
 
 
 @contextlib.contextmanager

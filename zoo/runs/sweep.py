@@ -15,12 +15,10 @@ import hashlib
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,8 +26,9 @@ from zoo.errors import ZooError
 from zoo.runs.grid import cells, parse_grid
 from zoo.runs.processes import POLL, cores, end, last_line, signals
 from zoo.runs.records import RecordWarning, read
+from zoo.runs.spawn import Handle, Nursery, Processes, Spawner
 
-__all__ = ["Cell", "SweepResult", "parse_grid", "sweep"]
+__all__ = ["Cell", "SweepResult", "parse_grid", "sweep", "sweep_cells"]
 
 Identify = Callable[[str, Sequence[str]], str]
 _DONE = ("finished", "nan")
@@ -44,12 +43,17 @@ class Cell:
         id: The id of its record; None if it is not known beforehand.
         log: Where its output goes; None if it could not even be named.
         error: Why it failed, in one line.
+        recipe: Name or path of the recipe.
     """
 
     overrides: list[str]
     id: str | None
     log: Path | None
     error: str | None = None
+    recipe: str = ""
+
+
+Follow = Callable[[Cell], Iterable[tuple[str, Sequence[str]]]]
 
 
 @dataclass
@@ -93,6 +97,7 @@ def sweep(
     records: str | Path = "runs/records",
     runs: str | Path = "runs",
     runner: Sequence[str] | None = None,
+    spawner: Spawner | None = None,
     identify: Identify | None = None,
     progress: bool = True,
 ) -> SweepResult:
@@ -108,6 +113,7 @@ def sweep(
         records: Folder of the records.
         runs: Folder of the run folders.
         runner: Command that is given the recipe, the overrides and the options; `zoo run` if None.
+        spawner: Starts the runs, in place of a runner.
         identify: Returns the record's id for a recipe and overrides. Without it the run itself has
             to find out that it is done.
         progress: Whether to show a progress bar with an estimate on standard error.
@@ -115,55 +121,82 @@ def sweep(
     Raises:
         ZooError: `jobs` is not positive, two cells are the same run, or no cell can be identified.
     """
+    every = cells(grid) if isinstance(grid, Mapping) else [list(cell) for cell in grid]
+    return sweep_cells(
+        [(recipe, overrides) for overrides in every],
+        jobs=jobs,
+        records=records,
+        runs=runs,
+        spawner=Processes(runner) if spawner is None and runner else spawner,
+        identify=identify,
+        title=recipe if progress else None,
+    )
+
+
+def sweep_cells(
+    every: Sequence[tuple[str, Sequence[str]]],
+    *,
+    jobs: int = 1,
+    records: str | Path = "runs/records",
+    runs: str | Path = "runs",
+    spawner: Spawner | None = None,
+    identify: Identify | None = None,
+    follow: Follow | None = None,
+    title: str | None = None,
+    total: int | None = None,
+) -> SweepResult:
+    """Run cells of any number of recipes that have no record yet, and what follows from them.
+
+    Args:
+        every: Recipe and overrides of each run.
+        jobs: Number of processes at once; they share the processor's cores.
+        records: Folder of the records.
+        runs: Folder of the run folders.
+        spawner: Starts the runs; forks of one process if None.
+        identify: As in `sweep`.
+        follow: Called with each cell that is settled, done before or failed as well; returns the
+            recipe and overrides of the runs to do next.
+        title: What the progress bar is called; None shows none.
+        total: Number of runs that the bar counts to; those of `every` if None.
+
+    Raises:
+        ZooError: `jobs` is not positive, two cells are the same run, or no cell can be identified.
+    """
     if jobs < 1:
         raise ZooError(f"jobs is {jobs!r}; it must be at least 1")
-    command = [*(runner or (sys.executable, "-m", "zoo", "run")), recipe]
-    work = _Sweep(command, jobs, Path(records), Path(runs))
-    every = cells(grid) if isinstance(grid, Mapping) else [list(cell) for cell in grid]
-    for cell in _identified(recipe, every, Path(runs), identify):
-        if cell.error is not None:
-            work.result.failed.append(cell)
-        elif work.is_done(cell):
-            work.result.skipped.append(cell)
-        else:
-            work.queue.append(cell)
-    with _bar(recipe, len(work.queue), progress) as advance, signals() as received:
-        work.run(advance, received)
+    ours = Nursery() if spawner is None else spawner
+    work = _Sweep(ours, jobs, Path(records), Path(runs), identify, follow)
+    try:
+        work.add(every)
+        if identify is not None and every and not work.queue and not work.result.skipped:
+            raise ZooError(work.result.failed[0].error or "no cell can be identified")
+        left = len(work.queue) if total is None else total - work.settled
+        with _bar(title, left) as advance, signals() as received:
+            work.run(advance, received)
+    finally:
+        if spawner is None:
+            ours.close()
     return work.result
-
-
-def _identified(
-    recipe: str, every: list[list[str]], runs: Path, identify: Identify | None
-) -> list[Cell]:
-    found: list[Cell] = []
-    errors: list[ZooError] = []
-    for overrides in every:
-        digest = hashlib.sha256("\0".join([recipe, *overrides]).encode()).hexdigest()
-        cell = Cell(overrides, None, runs / "sweep" / digest[:16] / "sweep.log")
-        if identify is not None:
-            try:
-                cell.id = identify(recipe, overrides)
-                cell.log = runs / cell.id / "sweep.log"
-            except ZooError as error:
-                errors.append(error)
-                cell.error, cell.log = str(error), None
-        twin = next((other for other in found if cell.id and other.id == cell.id), None)
-        if twin is not None:
-            both = " and ".join(repr(" ".join(c.overrides)) for c in (twin, cell))
-            raise ZooError(f"two cells of the grid are the same run: {both}")
-        found.append(cell)
-    if errors and len(errors) == len(found):
-        raise errors[0]
-    return found
 
 
 class _Sweep:
     """The cells that wait, those that run, and what became of the others."""
 
-    def __init__(self, command: list[str], jobs: int, records: Path, runs: Path) -> None:
-        self.command = command
+    def __init__(
+        self,
+        spawner: Spawner,
+        jobs: int,
+        records: Path,
+        runs: Path,
+        identify: Identify | None,
+        follow: Follow | None,
+    ) -> None:
+        self.spawner = spawner
         self.jobs = jobs
         self.records = records
+        self.runs = runs
+        self.identify = identify
+        self.follow = follow
         self.options = ["--records", str(records), "--runs", str(runs)]
         self.options += ["--quiet", "--resume-if-possible"]
         threads = max(1, cores() // jobs)
@@ -174,23 +207,63 @@ class _Sweep:
             "PYTHONUNBUFFERED": "1",  # in which the error is to come after what led to it
         }
         self.queue: deque[Cell] = deque()
-        self.running: dict[subprocess.Popen[bytes], tuple[Cell, int]] = {}
+        self.running: dict[Handle, tuple[Cell, int]] = {}
         self.result = SweepResult()
+        self.known: dict[str, Cell] = {}
+
+    def add(self, every: Iterable[tuple[str, Sequence[str]]]) -> None:
+        """Put cells at the end of the queue, but for those that are done or have no name.
+
+        Raises:
+            ZooError: A cell is the same run as another.
+        """
+        for recipe, overrides in every:
+            cell = self._cell(recipe, list(overrides))
+            if cell.error is not None:
+                self._settle(cell, self.result.failed)
+            elif self.is_done(cell):
+                self._settle(cell, self.result.skipped)
+            else:
+                self.queue.append(cell)
+
+    def _cell(self, recipe: str, overrides: list[str]) -> Cell:
+        digest = hashlib.sha256("\0".join([recipe, *overrides]).encode()).hexdigest()
+        log = self.runs / "sweep" / digest[:16] / "sweep.log"
+        cell = Cell(overrides, None, log, recipe=recipe)
+        if self.identify is None:
+            return cell
+        try:
+            cell.id = self.identify(recipe, overrides)
+        except ZooError as error:
+            cell.error, cell.log = str(error), None
+            return cell
+        cell.log = self.runs / cell.id / "sweep.log"
+        twin = self.known.setdefault(cell.id, cell)
+        if twin is not cell:
+            both = " and ".join(repr(" ".join(c.overrides)) for c in (twin, cell))
+            raise ZooError(f"two cells of the grid are the same run: {both}")
+        return cell
+
+    def _settle(self, cell: Cell, outcome: list[Cell]) -> None:
+        """Put a cell where it belongs, and what follows from it into the queue."""
+        outcome.append(cell)
+        if self.follow is not None:
+            self.add(self.follow(cell))
 
     def run(self, advance: Callable[[], None], received: list[int]) -> None:
         """Work until nothing is left or a signal was received."""
         try:
             while (self.queue or self.running) and not received:
-                before = self._settled()
+                before = self.settled
                 for _ in range(len(self.queue)):  # a cell that another process holds waits a turn
                     if len(self.running) == self.jobs:
                         break
                     self._start(self.queue.popleft())
-                for process in [p for p in self.running if p.poll() is not None]:
-                    self._collect(process)
-                for _ in range(self._settled() - before):
+                for handle in [h for h in self.running if h.poll() is not None]:
+                    self._collect(handle)
+                for _ in range(self.settled - before):
                     advance()
-                if self._settled() == before:
+                if self.settled == before:
                     time.sleep(POLL)
         finally:
             self.result.pending += [cell for cell, _ in self.running.values()]
@@ -208,7 +281,9 @@ class _Sweep:
             return None
         return read(path).status
 
-    def _settled(self) -> int:
+    @property
+    def settled(self) -> int:
+        """Number of cells of which nothing more is to come."""
         return len(self.result.finished) + len(self.result.skipped) + len(self.result.failed)
 
     def _start(self, cell: Cell) -> None:
@@ -223,22 +298,15 @@ class _Sweep:
                     return
                 # Whoever held the lock until now may have left a record.
                 if self.is_done(cell):
-                    self.result.skipped.append(cell)
+                    self._settle(cell, self.result.skipped)
                     return
                 self._set_aside(cell)
                 start = log.tell()
-                process = subprocess.Popen(
-                    [*self.command, *cell.overrides, *self.options],
-                    env=self.environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,  # the lock lives as long as this copy of the file
-                    stderr=subprocess.STDOUT,
-                    process_group=0,
-                )
-                self.running[process] = cell, start
+                words = [cell.recipe, *cell.overrides, *self.options]
+                self.running[self.spawner.start(words, log, self.environment)] = cell, start
         except OSError as error:
             cell.error = f"cannot start: {error}"
-            self.result.failed.append(cell)
+            self._settle(cell, self.result.failed)
 
     def _set_aside(self, cell: Cell) -> None:
         """Keep a record that cannot be read under another name, so that it is not overwritten."""
@@ -253,15 +321,17 @@ class _Sweep:
             os.replace(path, backup)
             warnings.warn(f"kept as {backup.name} and repeated: {error}", RecordWarning, 2)
 
-    def _collect(self, process: subprocess.Popen[bytes]) -> None:
+    def _collect(self, handle: Handle) -> None:
         """Sort a run that has ended by its exit code and its record."""
-        cell, start = self.running.pop(process)
+        cell, start = self.running.pop(handle)
+        code = handle.returncode
         assert cell.log is not None
-        if process.returncode < 0:
-            number = -process.returncode
+        assert code is not None
+        if code < 0:
+            number = -code
             said = last_line(cell.log, start)
             cell.error = f"ended by signal {number} ({signal.strsignal(number)}); {said}"
-        elif process.returncode > 0:
+        elif code > 0:
             cell.error = last_line(cell.log, start)
         elif cell.id is not None:
             try:
@@ -270,13 +340,13 @@ class _Sweep:
                     cell.error = f"ended well, but its record is {status or 'missing'}"
             except ZooError as error:
                 cell.error = str(error)
-        (self.result.finished if cell.error is None else self.result.failed).append(cell)
+        self._settle(cell, self.result.finished if cell.error is None else self.result.failed)
 
 
 @contextlib.contextmanager
-def _bar(recipe: str, total: int, shown: bool) -> Iterator[Callable[[], None]]:
+def _bar(title: str | None, total: int) -> Iterator[Callable[[], None]]:
     """Show a progress bar; what it gives moves it on by one run."""
-    if not shown or not total:
+    if title is None or total < 1:
         yield lambda: None
         return
     from rich import progress
@@ -293,5 +363,5 @@ def _bar(recipe: str, total: int, shown: bool) -> Iterator[Callable[[], None]]:
     with progress.Progress(
         *columns, console=Console(stderr=True), speed_estimate_period=math.inf
     ) as bar:
-        task = bar.add_task(recipe, total=total)
+        task = bar.add_task(title, total=total)
         yield lambda: bar.advance(task)
