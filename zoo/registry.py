@@ -37,6 +37,7 @@ KINDS = (
     "model",
 )
 PLUGIN_GROUP = "zoo.plugins"
+FORMS = ("causal", "bidirectional")
 _PACKAGES = {"mixer": "mixers", "model": "models", "cache": "caches"}
 
 # What the host knows and hands to any constructor that asks for it by name; never an option.
@@ -243,6 +244,8 @@ class Entry:
         aliases: Other names it answers to.
         layers: Layout of layers that the paper uses, e.g. ``{"first": "mha", "last": "mha"}``.
         notes: Remarks, e.g. what the taxonomy cannot express.
+        contender: Specification under which it stands in comparisons at small sizes, by form of
+            the host, "causal" or "bidirectional"; its name where there is none.
     """
 
     name: str
@@ -255,6 +258,15 @@ class Entry:
     aliases: tuple[str, ...] = ()
     layers: Mapping[str, str] = field(default_factory=dict)
     notes: str = ""
+    contender: Mapping[str, str] = field(default_factory=dict)
+
+    def contender_in(self, form: str) -> str:
+        """Return the specification under which it stands in comparisons at small sizes.
+
+        Args:
+            form: Form of the host, "causal" or "bidirectional".
+        """
+        return self.contender.get(form, self.name)
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
@@ -311,6 +323,7 @@ def register(
     aliases: tuple[str, ...] = (),
     layers: Mapping[str, str] | None = None,
     notes: str = "",
+    contender: str | Mapping[str, str] = "",
 ) -> Callable[[C], C]:
     """Class decorator that adds a mechanism to the registry.
 
@@ -327,10 +340,17 @@ def register(
             `zoo.spec.layout` with "plain" (the socket's default), "same" (this part) or another
             part for the socket.
         notes: Remarks.
+        contender: Specification under which it stands in the leaderboard, whose sequences are
+            short and whose images are small, where the defaults would do nothing there; or one
+            for each form of the host, "causal" and "bidirectional".
 
     Raises:
-        ZooError: The name is taken or malformed, or the kind is unknown.
+        ZooError: The name is taken or malformed, or the kind or a form is unknown.
     """
+    forms = dict.fromkeys(FORMS, contender) if isinstance(contender, str) else dict(contender)
+    for form in forms:
+        if form not in FORMS:
+            raise unknown(f"form of a host in the contender of {name!r}", form, FORMS)
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
     for item in {name, *aliases}:
@@ -351,6 +371,7 @@ def register(
             aliases=aliases,
             layers=dict(layers or {}),
             notes=notes,
+            contender={form: spec for form, spec in forms.items() if spec},
         )
         if entry.family in ("sequence_parallel", "kernel"):
             taxonomy._check_exact(entry.family)

@@ -101,29 +101,55 @@ def _line(record: Record) -> str:
 
 
 def sweep(
-    recipe: Annotated[str, typer.Argument(help="Name or YAML file.")],
-    grid: Annotated[
-        list[str], typer.Argument(help="Axes such as attention=mha,linear seeds=3 lr=1e-3,3e-3.")
+    recipe: Annotated[
+        str, typer.Argument(help="Name or YAML file; 'leaderboard' is every recipe of its tracks.")
     ],
+    grid: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Axes such as attention=mha,linear seeds=3 lr=1e-3,3e-3; of the leaderboard what "
+            "to keep to, such as track=recall,state recipe=mqar attention=moba,cog seeds=3."
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at once.")] = 1,
-    records: Records = Path("runs/records"),
+    records: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the records; default runs/records, data/runs of the board."),
+    ] = None,
     runs: Runs = Path("runs"),
+    minutes: Annotated[
+        float | None, typer.Option(help="Time allowed to a run; one that takes more has failed.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Train every cell of a grid that has no record yet."""
+    """Train every cell of a grid, or all of the leaderboard, that has no record yet."""
     from zoo.runs import config
-    from zoo.runs.grid import parse_grid
-    from zoo.runs.sweep import sweep as run_all
+    from zoo.runs.grid import cells, parse_grid
+    from zoo.runs.sweep import sweep_cells
 
-    result = run_all(
-        recipe,
-        parse_grid(grid),
-        jobs=jobs,
-        records=records,
-        runs=runs,
-        identify=config.run_id,
-        progress=not quiet,
-    )
+    if recipe == "leaderboard":
+        from zoo.runs.tournament import plan, tournament
+
+        result = tournament(
+            plan(grid or []),
+            jobs=jobs,
+            records=records or Path("data/runs"),
+            runs=runs,
+            minutes=minutes,
+            progress=not quiet,
+        )
+    else:
+        if not grid:
+            raise ZooError("nothing to vary; give axes such as attention=mha,linear seeds=3")
+        result = sweep_cells(
+            [(recipe, cell) for cell in cells(parse_grid(grid))],
+            jobs=jobs,
+            records=records or Path("runs/records"),
+            runs=runs,
+            identify=config.run_id,
+            minutes=minutes,
+            title=None if quiet else recipe,
+        )
     console().print(result.report(), markup=False, soft_wrap=True)
     if result.exit_code:
         raise typer.Exit(result.exit_code)

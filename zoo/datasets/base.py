@@ -59,6 +59,7 @@ class DataModule(LightningDataModule):
     Attributes:
         name: Registered name.
         task: Name of the task, see `zoo.tasks`.
+        needs: What it takes beside this library, such as files; empty if nothing.
         start_step: Step of the first training batch; set it to resume.
         total_steps: Step after the last training batch.
     """
@@ -69,6 +70,7 @@ class DataModule(LightningDataModule):
     num_workers: int = 0
 
     task: ClassVar[str]
+    needs: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         super().__init__()

@@ -89,6 +89,8 @@ class CIFAR10(LargeImageData):
         ZooError: The folder is missing, or an impossible size.
     """
 
+    needs = "files or the hub"
+
     root: str | None = None
 
     classes = (

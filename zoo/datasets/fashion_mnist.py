@@ -73,6 +73,8 @@ class FashionMNIST(LargeImageData):
         ZooError: The folder is missing, or an impossible size.
     """
 
+    needs = "files, the Debian package dataset-fashion-mnist, or the hub"
+
     root: str | None = None
 
     classes = (

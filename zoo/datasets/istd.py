@@ -72,6 +72,8 @@ class ISTD(DataModule):
             image of different size.
     """
 
+    needs = "files"
+
     root: str
     targets: str = "auto"
     height: int = 320

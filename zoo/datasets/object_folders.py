@@ -107,6 +107,8 @@ class ObjectFolders(DataModule):
             of different size, more objects than allowed.
     """
 
+    needs = "files"
+
     root: str
     layout: str = "auto"
     max_objects: int = 10

@@ -29,6 +29,7 @@ class Info:
         summary: First line of the docstring.
         options: Every option with its default.
         required: Options without a default.
+        needs: What it takes beside this library, such as files; empty if nothing.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Info:
     summary: str
     options: Mapping[str, Any]
     required: tuple[str, ...]
+    needs: str = ""
 
 
 def dataset(name: str) -> Callable[[D], D]:
@@ -98,6 +100,7 @@ def info(name: str) -> Info:
         summary=(inspect.getdoc(cls) or "").split("\n")[0],
         options={key: value for key, value in options.items() if value is not MISSING},
         required=tuple(key for key, value in options.items() if value is MISSING),
+        needs=cls.needs,
     )
 
 

@@ -74,6 +74,8 @@ class TextFiles(ByteText):
         ZooError: A path is missing, the files cannot be split so, or an impossible size.
     """
 
+    needs = "files"
+
     paths: str | Sequence[str]
     pattern: str = "*.txt"
     split: str = "auto"

@@ -74,6 +74,8 @@ class WikiText103(ByteText):
         ZooError: The folder is missing or incomplete, or an impossible size.
     """
 
+    needs = "files or the hub"
+
     root: str | None = None
 
     def __post_init__(self) -> None:

@@ -32,11 +32,13 @@ class Registered:
         make: Class or function that builds it.
         kinds: Kinds of mechanism that it hosts.
         facts: Parameters that the data decide, not the user.
+        causal: Whether a token sees earlier ones only.
     """
 
     make: Callable[..., nn.Module]
     kinds: tuple[str, ...]
     facts: tuple[str, ...]
+    causal: bool = False
 
 
 _models: dict[str, Registered] = {}
@@ -48,6 +50,7 @@ def model(
     *,
     kinds: tuple[str, ...] = TOKEN_MIXERS,
     facts: tuple[str, ...] = ("vocab_size", "num_outputs", "num_classes", "image_shape"),
+    causal: bool = False,
 ) -> Callable[[F], F]:
     """Decorator that registers a class or function that builds a model.
 
@@ -56,6 +59,7 @@ def model(
         kinds: Kinds of mechanism that its parameter `attention` takes.
         facts: Parameters that the data decide, as their `model_facts` says them; recipes do not
             have them as options.
+        causal: Whether a token sees earlier ones only.
 
     Raises:
         ZooError: The name is taken, or a kind is unknown.
@@ -67,7 +71,7 @@ def model(
     def add(make: F) -> F:
         if name in _models:
             raise ZooError(f"model name {name!r} is taken by {_models[name].make.__module__}")
-        _models[name] = Registered(make, kinds, facts)
+        _models[name] = Registered(make, kinds, facts, causal)
         return make
 
     return add

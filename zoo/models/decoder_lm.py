@@ -30,7 +30,7 @@ from zoo.registry import info
 from zoo.spec import DEFAULTS, PartSpec, layout, parse, without
 
 
-@model("decoder_lm")
+@model("decoder_lm", causal=True)
 class DecoderLM(nn.Module):
     """Causal language model over any mechanism of the zoo.
 

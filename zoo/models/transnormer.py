@@ -117,7 +117,7 @@ class TNLBlock(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
-@model("transnormer")
+@model("transnormer", causal=True)
 class TransNormer(DecoderLM):
     """Causal language model of TNL blocks; it decodes and generates as `DecoderLM` does.
 

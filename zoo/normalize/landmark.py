@@ -213,6 +213,7 @@ def _run_reference(host: Attention, call: Call) -> Tensor:
 @register(
     "landmark",
     kind="normalize",
+    contender="landmark(block=8)",
     paper=Paper(
         "Landmark Attention: Random-Access Infinite Context Length for Transformers",
         2023,

@@ -64,7 +64,7 @@ class Identity:
 
 def recipes() -> list[str]:
     """Names of all recipes in alphabetical order."""
-    return sorted(path.stem for path in folder("recipes").rglob("*.yaml"))
+    return sorted(path.stem for path in _files())
 
 
 def load(recipe: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
@@ -188,6 +188,12 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _files() -> list[Path]:
+    """Return the files of all recipes; those directly under recipes/ are none."""
+    root = folder("recipes")
+    return sorted(path for path in root.rglob("*.yaml") if path.parent != root)
+
+
 def _find(recipe: str | Path) -> Path:
     if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml")):
         path = Path(recipe)
@@ -195,7 +201,7 @@ def _find(recipe: str | Path) -> Path:
             raise ZooError(f"recipe file {path} does not exist")
         return path
     root = folder("recipes")
-    for path in sorted(root.rglob("*.yaml")):
+    for path in _files():
         if recipe in (path.stem, path.relative_to(root).with_suffix("").as_posix()):
             return path
     raise unknown("recipe", recipe, recipes())

@@ -142,6 +142,7 @@ def sweep_cells(
     spawner: Spawner | None = None,
     identify: Identify | None = None,
     follow: Follow | None = None,
+    minutes: float | None = None,
     title: str | None = None,
     total: int | None = None,
 ) -> SweepResult:
@@ -156,16 +157,20 @@ def sweep_cells(
         identify: As in `sweep`.
         follow: Called with each cell that is settled, done before or failed as well; returns the
             recipe and overrides of the runs to do next.
+        minutes: Time allowed to a run; None is as long as it takes.
         title: What the progress bar is called; None shows none.
         total: Number of runs that the bar counts to; those of `every` if None.
 
     Raises:
-        ZooError: `jobs` is not positive, two cells are the same run, or no cell can be identified.
+        ZooError: `jobs` or `minutes` is not positive, two cells are the same run, or no cell can be
+            identified.
     """
     if jobs < 1:
         raise ZooError(f"jobs is {jobs!r}; it must be at least 1")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ZooError(f"minutes is {minutes!r}; it must be greater than 0")
     ours = Nursery() if spawner is None else spawner
-    work = _Sweep(ours, jobs, Path(records), Path(runs), identify, follow)
+    work = _Sweep(ours, jobs, Path(records), Path(runs), identify, follow, minutes)
     try:
         work.add(every)
         if identify is not None and every and not work.queue and not work.result.skipped:
@@ -190,6 +195,7 @@ class _Sweep:
         runs: Path,
         identify: Identify | None,
         follow: Follow | None,
+        minutes: float | None,
     ) -> None:
         self.spawner = spawner
         self.jobs = jobs
@@ -197,6 +203,7 @@ class _Sweep:
         self.runs = runs
         self.identify = identify
         self.follow = follow
+        self.minutes = minutes
         self.options = ["--records", str(records), "--runs", str(runs)]
         self.options += ["--quiet", "--resume-if-possible"]
         threads = max(1, cores() // jobs)
@@ -208,23 +215,25 @@ class _Sweep:
         }
         self.queue: deque[Cell] = deque()
         self.running: dict[Handle, tuple[Cell, int]] = {}
+        self.begun: dict[Handle, float] = {}
         self.result = SweepResult()
         self.known: dict[str, Cell] = {}
 
     def add(self, every: Iterable[tuple[str, Sequence[str]]]) -> None:
-        """Put cells at the end of the queue, but for those that are done or have no name.
+        """Put cells before those that wait, but for those that are done or have no name.
 
         Raises:
             ZooError: A cell is the same run as another.
         """
-        for recipe, overrides in every:
-            cell = self._cell(recipe, list(overrides))
+        named = [self._cell(recipe, list(overrides)) for recipe, overrides in every]
+        done = [cell.error is None and self.is_done(cell) for cell in named]
+        waiting = [c for c, d in zip(named, done, strict=True) if c.error is None and not d]
+        self.queue.extendleft(reversed(waiting))
+        for cell, is_done in zip(named, done, strict=True):
             if cell.error is not None:
                 self._settle(cell, self.result.failed)
-            elif self.is_done(cell):
+            elif is_done:
                 self._settle(cell, self.result.skipped)
-            else:
-                self.queue.append(cell)
 
     def _cell(self, recipe: str, overrides: list[str]) -> Cell:
         digest = hashlib.sha256("\0".join([recipe, *overrides]).encode()).hexdigest()
@@ -261,6 +270,7 @@ class _Sweep:
                     self._start(self.queue.popleft())
                 for handle in [h for h in self.running if h.poll() is not None]:
                     self._collect(handle)
+                self._end_the_late(received)
                 for _ in range(self.settled - before):
                     advance()
                 if self.settled == before:
@@ -303,7 +313,9 @@ class _Sweep:
                 self._set_aside(cell)
                 start = log.tell()
                 words = [cell.recipe, *cell.overrides, *self.options]
-                self.running[self.spawner.start(words, log, self.environment)] = cell, start
+                handle = self.spawner.start(words, log, self.environment)
+                self.running[handle] = cell, start
+                self.begun[handle] = time.monotonic()
         except OSError as error:
             cell.error = f"cannot start: {error}"
             self._settle(cell, self.result.failed)
@@ -320,6 +332,18 @@ class _Sweep:
                 backup = path.with_name(f"{path.name}.corrupt{number}")
             os.replace(path, backup)
             warnings.warn(f"kept as {backup.name} and repeated: {error}", RecordWarning, 2)
+
+    def _end_the_late(self, received: list[int]) -> None:
+        """End the runs that have had their time."""
+        if self.minutes is None:
+            return
+        now = time.monotonic()
+        late = [h for h in self.running if now - self.begun[h] > 60 * self.minutes]
+        end(late, received)
+        for handle in late:
+            cell, _ = self.running.pop(handle)
+            cell.error = f"out of time: it took more than {self.minutes:g} minutes"
+            self._settle(cell, self.result.failed)
 
     def _collect(self, handle: Handle) -> None:
         """Sort a run that has ended by its exit code and its record."""

@@ -97,6 +97,32 @@ def resume(
     return _go(config, Path(folder), records, bar=progress and not quiet)
 
 
+def fail(
+    recipe: str | Path,
+    overrides: Sequence[str],
+    error: str,
+    *,
+    records: str | Path = "runs/records",
+    runs: str | Path = "runs",
+) -> Record:
+    """Write the record of a run that was ended before it could write one itself.
+
+    Args:
+        recipe: Name of a recipe, or path of a YAML file.
+        overrides: Changes as ``key=value``.
+        error: What ended it, in one line.
+        records: Folder of the records.
+        runs: Folder of the run folders.
+
+    Raises:
+        ZooError: The recipe, its values or the folders are wrong.
+    """
+    config = load(recipe, overrides)
+    training = Training(config, Path(runs) / identify(config).id)
+    training.remember()
+    return training.leave(records, "failed", error)
+
+
 def _done(config: DictConfig, folder: str | Path) -> Record | None:
     """Return the record of a configuration if there is one that needs no repetition."""
     identity = identify(config)

@@ -222,6 +222,17 @@ class Training:
         self._facts["flops"] = cost.flops(model, *one)
         self._facts["state_bytes"] = cost.state_bytes(model, one[0])
 
+    def remember(self) -> None:
+        """Take over how far an earlier process came, for the record of a run that goes no further.
+
+        Raises:
+            ZooError: The checkpoint cannot be read.
+        """
+        if self._state is not None:
+            last = read_checkpoint(self.folder / CHECKPOINTS / LAST)
+            self.keeper.load_state_dict(self._state)
+            self.clock.load_state_dict(last["callbacks"][self.clock.state_key])
+
     def leave(self, records: str | Path, status: str, error: str | None) -> Record:
         """Write the record.
 

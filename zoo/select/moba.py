@@ -149,6 +149,7 @@ def _run_reference(host: Attention, call: Call) -> Tensor:
 @register(
     "moba",
     kind="select",
+    contender="moba(block=8, topk=2)",
     paper=Paper("MoBA: Mixture of Block Attention for Long-Context LLMs", 2025, "2502.13189"),
     traits=Traits(bidirectional=False, cross=False, cost="N * topk * block"),
     taxonomy=Taxonomy(

@@ -150,6 +150,10 @@ def _run_reference(host: Attention, call: Call) -> Tensor:
 @register(
     "neighborhood",
     kind="select",
+    contender={
+        "causal": "neighborhood(kernel=8)",
+        "bidirectional": "neighborhood(kernel=3, ndim=2)",
+    },
     paper=Paper(
         "Faster Neighborhood Attention: Reducing the O(n^2) Cost of Self Attention at the "
         "Threadblock Level",

@@ -230,6 +230,7 @@ def _run(host: Attention, call: Call) -> Tensor:
 @register(
     "sliding_window",
     kind="select",
+    contender="sliding_window(window=8)",
     paper=Paper("Longformer: The Long-Document Transformer", 2020, "2004.05150"),
     traits=Traits(cross=False, equivariant=False, cost="N * window"),
     taxonomy=Taxonomy(
