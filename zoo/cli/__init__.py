@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli import browse, claims, kernels, measure, training
+from zoo.cli import browse, claims, cluster, kernels, measure, training
 from zoo.cli.errors import Commands, guarded
 
 app = typer.Typer(
@@ -51,7 +51,10 @@ for _command in (
     *(training.leaderboard, training.sample, measure.show, measure.bench),
     kernels.kernels,
 ):
-    app.command(name=_command.__name__.strip("_"))(_command)
+    app.command(
+        name=_command.__name__.strip("_"),
+        cls=cluster.RayCommand if _command is training.sweep else None,
+    )(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,15 +17,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
-
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import zoo
 from zoo.errors import ZooError
-from zoo.runs import cluster_address, config, remote
+from zoo.runs import cluster_address, remote
 from zoo.runs.processes import cores
 from zoo.runs.records import replace_text
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 __all__ = ["RaySpawner"]
 
@@ -109,6 +110,10 @@ class RaySpawner:
         Raises:
             OSError: No machine has what it takes, or Ray is not there any more.
         """
+        from omegaconf import OmegaConf
+
+        from zoo.runs import config  # takes seconds, which a dead address need not wait for
+
         words, records = _words(arguments)
         try:
             resolved = config.load(words[0], words[1:])

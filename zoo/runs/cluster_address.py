@@ -7,6 +7,7 @@ then the connection, by another process that can be ended when it takes too long
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import socket
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from zoo.errors import ZooError
 
-LIMIT = 15.0  # seconds until an address must have answered
+LIMIT = 10.0  # seconds until an address must have answered, beside what it takes to import torch
 _KNOCK = 5.0  # seconds of them for the port
 _ALLOWED = "allowed: HOST:PORT, ray://HOST:PORT, auto (a cluster of this machine) or local"
 _PORTS = range(1, 65536)
@@ -40,7 +41,7 @@ def resolve(address: str) -> str | None:
         address: HOST:PORT, ray://HOST:PORT, `auto` or `local`.
 
     Raises:
-        ZooError: The address is malformed, or nobody answers there within 15 seconds.
+        ZooError: The address is malformed, or nobody answers there in time.
     """
     begun, wanted = time.monotonic(), address
     if address == "local":
@@ -49,6 +50,8 @@ def resolve(address: str) -> str | None:
         address = _find()
     host, port = parse(address)
     _knock(wanted, host, port, _KNOCK)
+    if address.startswith("ray://") and importlib.util.find_spec("grpc") is None:
+        raise ZooError(f"ray address {wanted!r} takes more of Ray: pip install 'ray[client]'")
     _try(wanted, address, LIMIT - (time.monotonic() - begun))
     return address
 
