@@ -19,7 +19,7 @@ from pathlib import Path
 
 from zoo.errors import ZooError
 
-LIMIT = 10.0  # seconds until an address must have answered, beside what it takes to import torch
+LIMIT = 12.0  # seconds until an address must have answered, beside what it takes to import torch
 _KNOCK = 5.0  # seconds of them for the port
 _ALLOWED = "allowed: HOST:PORT, ray://HOST:PORT, auto (a cluster of this machine) or local"
 _PORTS = range(1, 65536)
@@ -30,6 +30,7 @@ import sys, ray
 try:
     ray.init(sys.argv[1], logging_level="critical", log_to_driver=False)
 except BaseException as error:
+    error = error.__cause__ or error
     sys.exit("answer: " + (str(error).strip() or type(error).__name__).splitlines()[0])
 """
 
@@ -127,17 +128,21 @@ def _try(wanted: str, address: str, limit: float) -> None:
             env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
-            errors="replace",
             timeout=limit,
             check=False,
         )
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as error:
+        said = _last(error.stderr)
         raise ZooError(
-            f"ray address {wanted!r}: something listens there, but no Ray cluster answered "
-            f"within {LIMIT:g} s"
+            f"ray address {wanted!r}: something listens there, but no Ray cluster let us in "
+            f"within {LIMIT:g} s" + (f": {said}" if said else "")
         ) from None
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        said = [line.removeprefix("answer: ") for line in lines if line.startswith("answer: ")]
-        raise ZooError(f"ray address {wanted!r}: {said[-1] if said else lines[-1].strip()}")
+        raise ZooError(f"ray address {wanted!r}: {_last(done.stderr) or 'it said nothing'}")
+
+
+def _last(stderr: bytes | None) -> str:
+    """Return the last words of the other process, without time and place of a line of a log."""
+    lines = (stderr or b"").decode(errors="replace").splitlines()
+    said = [line.strip() for line in lines if line.strip()]
+    return re.sub(r"^answer: |^\[[^]]*\] (\S+: )?", "", said[-1])[:300] if said else ""
