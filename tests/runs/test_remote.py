@@ -16,7 +16,7 @@ from zoo.runs import remote
 PACKAGE = Path(zoo.__file__).parent
 
 
-def package(folder, text="__version__ = \"1.2\"\n", **files):
+def package(folder, text='__version__ = "1.2"\n', **files):
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text(text)
     for name, content in files.items():
@@ -184,9 +184,7 @@ leash.main()
 
 def leashed(seconds):
     command = [sys.executable, "-S", "-c", LEASHED, str(PACKAGE / "runs" / "leash.py"), seconds]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
-    )
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
 
 
 def test_a_run_ends_with_whoever_holds_its_leash():

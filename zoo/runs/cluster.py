@@ -149,7 +149,12 @@ class RaySpawner:
         options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
         if address is None:
             options |= {"num_cpus": cores(), "include_dashboard": False}
-        with _variables(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0"):
+        switches = {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray warns it will do later
+            "RAY_worker_niceness": "0",  # a run is what the machine is for, as in a local sweep
+        }
+        with _variables(switches):
             try:
                 self._ray.init(address or "local", **options)
             except (Exception, SystemExit) as error:
@@ -292,7 +297,7 @@ def _words(arguments: Sequence[str]) -> tuple[list[str], Path]:
 
 
 @contextlib.contextmanager
-def _variables(**values: str) -> Iterator[None]:
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
     """Set variables of the environment for a while, unless they are set."""
     new = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(new)

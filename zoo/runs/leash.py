@@ -1,4 +1,4 @@
-"""The command line on a leash: ``python -m zoo.runs.leash run ...`` ends when its standard input does.
+"""The command line on a leash: ``python -m zoo.runs.leash ...`` ends when its input does.
 
 Whoever starts it holds the other end of a pipe. Should that process be killed, nobody is left to
 end the run, which would go on for hours on a machine that is given to others; so the run, the head
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 
 
