@@ -1,4 +1,4 @@
-"""Parity of bits so far, the smallest task that asks for a state (Merrill et al., 2024, and others).
+"""Parity of the bits so far: the smallest task that asks a mechanism to carry a state.
 
 A sequence is T fair bits; the target at every position is whether the ones up to and with it are an
 odd number. So each sequence trains on all lengths up to T. The test sets of other lengths ask only

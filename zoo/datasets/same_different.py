@@ -4,12 +4,12 @@ Fleuret et al. (2011, PNAS 108) and Kim, Ricci and Serre (2018, Interface Focus 
 networks of convolutions learn such relations badly: the answer is not in any one place of the
 image, nor in how much of which shape there is.
 
-Shapes are bitmaps of 3x3 pixels, 3 to 6 of them set, that touch all four sides: 274 in all. They stand in different cells of a
-grid of 4x4 pixels each; two are red, the others, as distractors, green or blue. Of half of the
-images the red shapes are the same. Every object has a brightness of its own, and noise lies on all
-pixels. A fixed quarter of the shapes is kept for the test set "new", so that what was learned is
-the relation and not the shapes; "crowded" has the shapes of training and a distractor in each cell
-that is left.
+Shapes are bitmaps of 3x3 pixels, 3 to 6 of them set, that touch all four sides: 274 in all. They
+stand in different cells, of 4x4 pixels each, of a grid; two are red, the others, as distractors,
+green or blue. In half of the images the red shapes are the same. Every object has a brightness of
+its own, and noise lies on all pixels. A fixed quarter of the shapes is kept for the test set "new",
+which asks for the relation and not for the shapes; "crowded" has the shapes of training and a
+distractor in each cell that is left.
 
 A batch holds, for B images,
 
@@ -130,10 +130,10 @@ class SameDifferent(GeneratedData):
         ZooError: An impossible size.
     """
 
-    cells: int = 4
-    distractors: int = 4
+    cells: int = 3
+    distractors: int = 2
     noise: float = 0.05
-    jitter: bool = True
+    jitter: bool = False
 
     task = "classification"
     classes: ClassVar[tuple[str, ...]] = ("different", "same")
@@ -166,7 +166,7 @@ class SameDifferent(GeneratedData):
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters of training, validation and the test set "test"."""
-        return {"cells": self.cells, "distractors": self.distractors, "noise": self.noise,"jitter":self.jitter}
+        return {name: getattr(self, name) for name in ("cells", "distractors", "noise", "jitter")}
 
     def stream(self, split: str) -> Blocks:
         """Return the endless stream that a split is the beginning of."""
