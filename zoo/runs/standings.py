@@ -128,7 +128,7 @@ def _difference(one: Standing, baseline: Row | None) -> list[str]:
     if found.low is None or found.high is None:
         return [f"{figures(found.mean, sign=True)[0]} ({found.n})", "one seed"]
     mean, low, high = figures(found.mean, found.low, found.high, sign=True)
-    return [f"{mean} [{low}, {high}] ({found.n})", str(one.outcome)]
+    return [f"{mean} [{low}, {high}] ({found.n})", one.outcome or NONE]
 
 
 def _failures(row: Row) -> str:
