@@ -10,8 +10,7 @@ came before it::
                                     v7      v2      <- targets
 
 Of V tokens the first quarter are keys, the second values, the others noise. Several keys may have
-the same value. Guessing gets one in V/4; guessing among the values seen in the sequence gets more
-by its last slots than by chance, as in text.
+the same value. Guessing any value is right one time in V/4.
 
 Where we follow neither code nor paper: MAD trains on every next token, noise included, and asks
 only in the test; here training has the targets of the test, so that a short run learns them.
