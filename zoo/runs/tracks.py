@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 import zoo
@@ -117,27 +118,27 @@ def recipes_of(name: str) -> list[str]:
 
 
 def published() -> list[str]:
-    """Return the recipes of all tracks whose data need nothing that may be missing."""
+    """Return the recipes of all tracks that need nothing that may be missing here."""
     names = [name for one in tracks() for name in recipes_of(one.name)]
     return [name for name in names if not needs(name)]
 
 
 def needs(recipe: str) -> str:
-    """Return what the data of a recipe need beside this library; nothing is empty.
+    """Return what a recipe needs that this machine may not have; nothing is empty.
 
     Args:
         recipe: Name of a recipe.
     """
-    return datasets.info(configs.load(recipe).data.name).needs
+    plain, _ = configs.outline(recipe)
+    if plain.get("budget", {}).get("needs") == "gpu" and not torch.cuda.is_available():
+        return "a GPU"
+    return datasets.info(plain["data"]["name"]).needs
 
 
 @functools.cache
 def _recipes() -> list[tuple[str, str]]:
-    found = []
-    for name in configs.recipes():
-        if configs.claim(name) is None:
-            found.append((name, str(configs.load(name).track)))
-    return found
+    outlines = [(name, *configs.outline(name)) for name in configs.recipes()]
+    return [(name, str(plain["track"])) for name, plain, claims in outlines if not claims]
 
 
 def contenders(recipe: str | DictConfig) -> list[Contender]:
