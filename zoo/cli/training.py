@@ -40,7 +40,7 @@ def run(
     ] = False,
 ) -> None:
     """Train one model by a recipe and write its record."""
-    from zoo.runs import config, train
+    from zoo.runs import config, train, training
 
     work: Callable[..., Record]
 
@@ -69,7 +69,7 @@ def run(
     except Exception as error:
         text = " ".join(str(error).split())
         raise Failed(f"the run failed: {type(error).__name__}: {text}") from error
-    if not quiet:
+    if not quiet and training.is_main():
         before = "done before: " if datetime.fromisoformat(record.created) < begun else ""
         console().print(before + _line(record), markup=False, soft_wrap=True)
 
