@@ -302,6 +302,7 @@ PLACE = ("created", "device", "commit", "peak_memory_bytes", "step_time_cpu", "s
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a machine that is busy starts Ray slowly
 def test_records_are_those_of_a_local_sweep(cluster_of_one, tmp_path):
     cells = [("mqar", tiny(attention="mha")), ("mqar", tiny(attention="linear"))]
     there, here = tmp_path / "ray", tmp_path / "local"
@@ -317,6 +318,7 @@ def test_records_are_those_of_a_local_sweep(cluster_of_one, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a machine that is busy starts Ray slowly
 def test_a_worker_that_is_killed_fails_its_run_alone(cluster_of_one, monkeypatch, make, tmp_path):
     text = make(id="NAME").to_json()
 
@@ -339,6 +341,7 @@ def test_a_worker_that_is_killed_fails_its_run_alone(cluster_of_one, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a machine that is busy starts Ray slowly
 def test_a_cancelled_run_leaves_its_place(cluster_of_one, start, tmp_path, monkeypatch):
     handle = start(cluster_of_one, "mqar", tiny(steps=10**7, trainer__eval_every=10**6))
     while not list(_leashed()):

@@ -64,7 +64,7 @@ def task_pictures(task: Task, data: DataModule) -> dict[str, Figure]:
 
 def is_main() -> bool:
     """Return whether this process is the one of a run that writes its record."""
-    return rank_zero_only.rank == 0
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 @contextmanager
