@@ -38,12 +38,13 @@ Made from the run records alone; `{COMMAND}` makes it again, byte for byte.
   of seeds. One seed has no deviation. Seed 0, at which the rate was chosen, is among them.
 - **Paired comparison.** "vs" is the mean difference to the baseline of the track over the shared
   seeds with its 95 % Student t interval, each row for itself. *Win* and *loss* are intervals that
-  exclude zero, everything else is a *tie*. With {SEEDS} seeds the intervals are wide, and with many
-  rows some exclude zero by chance.
+  exclude zero, everything else is a *tie*, as is an interval without width. With {SEEDS} seeds the
+  intervals are wide, and with many rows some exclude zero by chance.
 - **Solved or not.** Where a task has a threshold, the number of seeds that reached it stands beside
   the mean, since such figures are bimodal.
 - **Floors and ceilings.** Every table has its baseline, its floors (what the host reaches without
-  the mechanism) and, where there is one, a ceiling (`gru`: what a recurrent layer reaches).
+  the mechanism) and, on sequences, `gru`: what a recurrent layer reaches, which is the ceiling
+  where a state is all that a task needs.
 - **Failures count.** A run that diverged (nan) or failed (out of memory, out of time) has no
   figure: it shows in the brackets as in "2 of 3", counts as unsolved, and is listed.
 - **Size.** A row with more parameters than its track allows is shown without a place, as is one
@@ -159,7 +160,7 @@ def _heading(track: TrackBoard) -> str:
     return (
         f"## Track: {words(track.track.title)}\n\n{about}Baseline: {code(track.track.baseline)}"
         + (f"; floors: {fixed}" if fixed else "")
-        + (f"; ceiling: {code(track.track.ceiling)}" if track.track.ceiling else "")
+        + (f"; recurrent: {code(track.track.ceiling)}" if track.track.ceiling else "")
         + f"; parameters: at most {track.track.size:g} times the baseline's.\n"
     )
 
