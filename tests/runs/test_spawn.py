@@ -28,7 +28,7 @@ def nursery():
 def go(nursery, tmp_path):
     """Start a run and return its handle, its log and the folder of the records."""
 
-    numbers = itertools.count()
+    numbers, handles = itertools.count(), []
 
     def start(*words, **environment):
         log, records = tmp_path / f"log{next(numbers)}", tmp_path / "records"
@@ -36,9 +36,12 @@ def go(nursery, tmp_path):
         with open(log, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             handle = nursery.start([*words, *options], file, {**ENVIRONMENT, **environment})
+        handles.append(handle)
         return handle, log, records
 
-    return start
+    yield start
+    for handle in handles:
+        handle.kill()
 
 
 def is_locked(path):
