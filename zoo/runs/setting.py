@@ -30,12 +30,27 @@ _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 _VARIABLES = (
     *("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG"),
     # What a run on several devices leaves, and the next one would take for its own.
-    *("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("OMP_NUM_THREADS", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 )
 
 
 def _grouped() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+@contextmanager
+def shared_cores(processes: int) -> Iterator[None]:
+    """Let torch use its share of the processor's cores.
+
+    Args:
+        processes: Number of processes that share what this one was to use alone.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // processes))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from zoo.runs.checkpoints import LAST, AtomicCheckpointIO, keeper_state, read_ch
 from zoo.runs.config import data_module, identify, settings
 from zoo.runs.records import Record, replace_text, write
 from zoo.runs.schema import accelerator
-from zoo.runs.setting import setting
+from zoo.runs.setting import setting, shared_cores
 from zoo.show import save_figure
 from zoo.tasks import Task
 
@@ -133,7 +133,8 @@ class Training:
         data = data_module(self.config)
         data.setup()
         self._data = data
-        with setting(self.config.seed):
+        processes = self.config.trainer.devices if self._accelerator == "cpu" else 1
+        with setting(self.config.seed), shared_cores(processes):
             task = build_task(self.config, data)
             trainer = self._trainer(bar)
             self._main = trainer.is_global_zero
