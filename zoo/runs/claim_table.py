@@ -14,7 +14,7 @@ from zoo.runs.verdicts import OUTCOMES, Verdict
 STALE = "stale: the claim was changed after this verdict"
 
 _RULE = """\
-Each claim is a paper's headline result with a criterion fixed before the verdict; `zoo claim NAME`
+Each claim is a paper's headline result with a criterion fixed before the verdict; `zoo claims NAME`
 trains its variants and judges it. The criterion is evaluated on each seed with the figures of all
 variants at that seed: *reproduced* if it holds on every seed, *not reproduced* if on none, else
 *undecided at this scale*, as also where a requirement does not hold on the means over the seeds. A

@@ -157,7 +157,7 @@ def test_the_claims_that_ship_are_listed(
     ("words", "message"),
     [
         (["claim", "nothing_like_it"], "unknown claim 'nothing_like_it'"),
-        (["claim", "mqar"], "recipe 'mqar' states no claim; 'zoo claim' lists those that do"),
+        (["claim", "mqar"], "recipe 'mqar' states no claim; 'zoo claims' lists those that do"),
         (["claim", "nowhere.yaml"], "recipe file nowhere.yaml does not exist"),
         (["claim", "{recipe}", "--workers", "0"], "workers is 0; it must be at least 1"),
         (["claim", "{recipe}", "--verdict-only", "--jobs", "0"], "workers is 0"),
