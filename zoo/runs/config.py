@@ -10,10 +10,11 @@ more, which is checked with it and is no part of what is run.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,21 +167,42 @@ def identify(config: DictConfig) -> Identity:
     Args:
         config: What `load` returned.
     """
-    full = settings(config)
+    full = _known(settings(config))
+    whole = _hash(full)
+    slug = re.sub(r"[^a-z0-9_.]+", "-", config.attention.lower()).strip("-")[:80]
+    name = f"{config.name}-{slug}-s{config.seed}-{whole[:8]}"
+    return Identity(name, _group(full), whole)
+
+
+def group_of(plain: Mapping[str, Any]) -> str | None:
+    """Return the group of the configuration that a record holds; None if it is not a whole one.
+
+    Args:
+        plain: The configuration as plain data.
+    """
+    if not {"data", "model", "optim", "trainer", "metrics"} <= set(plain):
+        return None
+    full = {key: value for key, value in plain.items() if key not in _COMMENT}
+    return _group(_known(copy.deepcopy(full)))
+
+
+def _known(full: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the options that came later, where they mean what was before them."""
     for section, options in _LATER.items():
         for key, before in options.items():
             if full[section].get(key, before) == before:
                 full[section].pop(key, None)
-    whole = _hash(full)
-    slug = re.sub(r"[^a-z0-9_.]+", "-", config.attention.lower()).strip("-")[:80]
+    return full
+
+
+def _group(full: dict[str, Any]) -> str:
     for key in ("attention", "seed", "name", "track"):
-        del full[key]
-    del full["optim"]["lr"]
+        full.pop(key, None)
+    full["optim"].pop("lr", None)
     for section, keys in _PLACE.items():
         for key in keys:
             full[section].pop(key, None)
-    name = f"{config.name}-{slug}-s{config.seed}-{whole[:8]}"
-    return Identity(name, _hash(full), whole)
+    return _hash(full)
 
 
 def _hash(value: Any) -> str:

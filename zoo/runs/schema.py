@@ -77,10 +77,13 @@ class Budget:
     Args:
         lrs: Learning rates to try.
         seeds: Number of seeds.
+        needs: gpu if a run takes hours without one; a sweep over the leaderboard then leaves the
+            recipe out where there is none.
     """
 
     lrs: list[float] = MISSING
     seeds: int = 3
+    needs: str = ""
 
 
 @dataclass
@@ -200,6 +203,8 @@ def check(config: DictConfig, tests: list[str], task: str) -> None:
     _check_metrics(config.metrics, metric_names(task, tests))
     if config.budget.seeds < 1:
         raise ZooError(f"budget.seeds={config.budget.seeds} must be at least 1")
+    if config.budget.needs not in ("", "gpu"):
+        raise unknown("budget.needs", config.budget.needs, ("gpu",))
     for rate in config.budget.lrs:
         if not 0 < rate < math.inf:
             raise ZooError(f"budget.lrs has {rate}; every learning rate must be greater than 0")

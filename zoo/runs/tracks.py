@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 import zoo
@@ -117,18 +118,21 @@ def recipes_of(name: str) -> list[str]:
 
 
 def published() -> list[str]:
-    """Return the recipes of all tracks whose data need nothing that may be missing."""
+    """Return the recipes of all tracks that need nothing that may be missing here."""
     names = [name for one in tracks() for name in recipes_of(one.name)]
     return [name for name in names if not needs(name)]
 
 
 def needs(recipe: str) -> str:
-    """Return what the data of a recipe need beside this library; nothing is empty.
+    """Return what a recipe needs that this machine may not have; nothing is empty.
 
     Args:
         recipe: Name of a recipe.
     """
-    return datasets.info(configs.load(recipe).data.name).needs
+    config = configs.load(recipe)
+    if config.budget.needs == "gpu" and not torch.cuda.is_available():
+        return "a GPU"
+    return datasets.info(config.data.name).needs
 
 
 @functools.cache
