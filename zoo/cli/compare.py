@@ -26,7 +26,8 @@ def compare(
     """Compare two specifications in every table of records in which both stand."""
     from zoo.runs import comparison
 
-    found = comparison.compare(comparison.read(records), first, second)
+    made = comparison.read(records)
+    found = comparison.compare(made, first, second, comparison.groups_now(made))
     if json:
         print_json(_plain(found))
         return
@@ -76,6 +77,8 @@ def _show(out: Console, pairing: Pairing) -> None:
         lines.append([label, *(write(row.median(name)) for row in rows), shown])
     out.print(table("", "A", "B", "A / B", rows=lines))
     _say(out, f"A - B: {_difference(pairing)}")
+    if pairing.stale:
+        _say(out, "note: stale, the recipe was changed since; this table counts for nothing")
     if len(pairing.devices) > 1:
         listed = "; ".join(pairing.devices)
         _say(out, f"note: step times of several devices do not compare: {listed}")
@@ -127,12 +130,13 @@ def _total(out: Console, found: Comparison) -> None:
     from zoo.runs import comparison
 
     _say(out, "")
-    if not found.pairings:
-        _say(out, "no table holds both, so nothing can be compared")
+    if not found.counted:
+        text = "stale tables alone hold both" if found.pairings else "no table holds both"
+        _say(out, f"{text}, so nothing can be counted")
         return
     groups = found.groups
     if len(groups) > 1:
-        groups["all"] = list(found.pairings)
+        groups["all"] = found.counted
     rows = []
     for name, pairings in groups.items():
         results = comparison.outcomes(pairings).values()
@@ -155,8 +159,8 @@ def _plain(found: Comparison) -> dict[str, Any]:
         "second": found.second,
         "tables": [_pairing(pairing) for pairing in found.pairings],
         "alone": [{**key._asdict(), "attention": spec} for key, spec in found.alone],
-        "outcomes": comparison.outcomes(found.pairings),
-        "signs": comparison.signs(found.pairings),
+        "outcomes": comparison.outcomes(found.counted),
+        "signs": comparison.signs(found.counted),
         "groups": {
             name: {"outcomes": comparison.outcomes(them), "signs": comparison.signs(them)}
             for name, them in found.groups.items()
@@ -178,6 +182,7 @@ def _pairing(pairing: Pairing) -> dict[str, Any]:
         "difference": difference,
         "outcome": pairing.outcome,
         "sign": pairing.sign,
+        "stale": pairing.stale,
         "ratios": {name: pairing.ratio(name) for name in COSTS},
         "devices": pairing.devices,
     }

@@ -158,6 +158,8 @@ def recipes(world: World) -> Iterator[Line]:
             lines.append(Line(name, found.level, f"{name} cannot run: {found.text}", found.todo))
         elif stated is not None and stated.needs == "gpu" and not torch.cuda.is_available():
             lines.append(note(name, f"{name} cannot run: its claim needs a GPU"))
+        elif loaded["budget"].get("needs") == "gpu" and not torch.cuda.is_available():
+            lines.append(note(name, f"{name} would take hours: it is meant for a GPU"))
         else:
             able.append(name)
     yield ok("recipes", f"{len(able)} of {len(names)} recipes can run here", able=able)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from zoo.doctor.lines import Line, note, ok, problem, reason
 from zoo.errors import ZooError
-from zoo.runs import config, leaderboard, stats, verdicts
+from zoo.runs import leaderboard, stats, verdicts
 from zoo.runs.claims import FOLDER, is_stale
+from zoo.runs.comparison import group_now
 from zoo.runs.records import SCHEMA, Record, RecordWarning, read
 
 SHOWN = 5
@@ -114,27 +115,13 @@ def _repeats(found: list[Record]) -> Iterator[Line]:
         )
 
 
-def current_group(recipe: str) -> str | None:
-    """Return the group of the runs that a recipe makes now; None if it does not ship.
-
-    Args:
-        recipe: Name of a recipe.
-
-    Raises:
-        ZooError: The recipe cannot be loaded.
-    """
-    if recipe not in config.recipes():
-        return None
-    return config.identify(config.load(recipe, ["seed=0"])).group
-
-
 def _stale(found: list[Record], strict: bool) -> Iterator[Line]:
     """Say which records are not of what their recipe makes now."""
     groups = Counter((record.recipe, record.group) for record in found)
     current = 0
     for recipe in sorted({recipe for recipe, _ in groups}):
         try:
-            now = current_group(recipe)
+            now = group_now(recipe)
         except ZooError:
             continue  # said among the recipes
         counted = {group: n for (name, group), n in groups.items() if name == recipe}
@@ -168,11 +155,14 @@ def claims(folder: Path, *, strict: bool) -> Iterator[Line]:
     judged, lines = set(), []
     for path in sorted(p for p in (folder / FOLDER).glob("*") if p.is_dir()):
         again = f"zoo claims {path.name} --records {folder / FOLDER}"
+        # A verdict that cannot be read is in the way of a new one.
+        todo = f"remove {path / verdicts.FILE}; {again} --verdict-only"
         try:
             stated = verdicts.stated(path)
+            todo = f"{again} --verdict-only"
             if stated is None:
                 text = f"{path.name} has records and no verdict"
-                lines.append(problem(path.name, text, f"{again} --verdict-only"))
+                lines.append(problem(path.name, text, todo))
                 continue
             judged.add(stated.name)
             if is_stale(stated.name, stated.claim):
@@ -181,8 +171,10 @@ def claims(folder: Path, *, strict: bool) -> Iterator[Line]:
                 lines.append(problem(path.name, text, todo))
                 continue
             counted[verdicts.read(path).outcome] += 1
+        except verdicts.Incomplete as error:
+            lines.append(problem(path.name, reason(error), again))
         except Exception as error:  # whatever a file by hand or by accident may hold
-            lines.append(problem(path.name, reason(error), f"{again} --verdict-only"))
+            lines.append(problem(path.name, reason(error), todo))
     total = ", ".join(f"{counted[outcome]} {outcome}" for outcome in sorted(counted))
     if counted:
         yield ok("claims", f"{counted.total()} verdicts follow from their records: {total}")
@@ -211,7 +203,7 @@ def page(path: Path, folder: Path, *, strict: bool) -> Iterator[Line]:
             warnings.simplefilter("ignore", RecordWarning)  # said among the records
             wrong = leaderboard.verify(path, folder)
     except ZooError as error:
-        yield problem("leaderboard", reason(error), again)
+        yield problem("leaderboard", reason(error), f"see to that first; then {again}")
         return
     if wrong:
         yield problem("leaderboard", wrong.partition("; run")[0], again)

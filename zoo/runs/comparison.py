@@ -10,14 +10,15 @@ nothing is decided. Beside that stands which rounded mean is the better one, wha
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from zoo.errors import ZooError, nearest
-from zoo.runs import claims, stats
+from zoo.runs import claims, config, stats
 from zoo.runs.markdown import figures
 from zoo.runs.records import Record, RecordWarning, read_all
 from zoo.runs.stats import Paired, Row, Table
@@ -36,11 +37,13 @@ class Pairing:
         first: Row of the one.
         second: Row of the other.
         difference: First minus second over the shared seeds; None if they share none.
+        stale: Whether the recipe has been changed since; such a table counts for nothing.
     """
 
     first: Row
     second: Row
     difference: Paired | None
+    stale: bool = False
 
     @property
     def table(self) -> Table:
@@ -105,11 +108,16 @@ class Comparison:
     alone: tuple[tuple[Table, str], ...]
 
     @property
+    def counted(self) -> list[Pairing]:
+        """The pairings in tables that are not stale."""
+        return [pairing for pairing in self.pairings if not pairing.stale]
+
+    @property
     def groups(self) -> dict[str, list[Pairing]]:
-        """The pairings by track, in order; the runs of claims, which tune nothing, stand apart."""
+        """Those that count, by track; the runs of claims, which tune nothing, stand apart."""
         stated = set(claims.names())
         found: dict[str, list[Pairing]] = defaultdict(list)
-        for pairing in sorted(self.pairings, key=lambda p: p.table.recipe in stated):
+        for pairing in sorted(self.counted, key=lambda p: p.table.recipe in stated):
             of_claim = pairing.table.recipe in stated
             found[claims.FOLDER if of_claim else pairing.table.track].append(pairing)
         return dict(found)
@@ -152,13 +160,44 @@ def read(folder: str | Path) -> list[Record]:
     return found
 
 
-def compare(records: Iterable[Record], first: str, second: str) -> Comparison:
+def group_now(recipe: str) -> str | None:
+    """Return the group of the runs that a recipe makes now; None if it does not ship.
+
+    Args:
+        recipe: Name of a recipe.
+
+    Raises:
+        ZooError: The recipe cannot be loaded.
+    """
+    if recipe not in config.recipes():
+        return None
+    return config.identify(config.load(recipe, ["seed=0"])).group
+
+
+def groups_now(records: Iterable[Record]) -> dict[str, str]:
+    """Return the groups that the recipes of records have now; what cannot be loaded is left out.
+
+    Args:
+        records: The records; those of claims do not count, whose variants have groups of their own.
+    """
+    found = {}
+    for recipe in sorted({record.recipe for record in records} - set(claims.names())):
+        with contextlib.suppress(ZooError):
+            if (group := group_now(recipe)) is not None:
+                found[recipe] = group
+    return found
+
+
+def compare(
+    records: Iterable[Record], first: str, second: str, now: Mapping[str, str] | None = None
+) -> Comparison:
     """Compare two attentions in every table in which both stand.
 
     Args:
         records: Records in any order.
         first: Specification of the one.
         second: Specification of the other.
+        now: Groups of recipes as they are now, by name; a table of another recipe is not stale.
 
     Raises:
         ZooError: A specification is wrong or has no records, or both are the same.
@@ -171,12 +210,14 @@ def compare(records: Iterable[Record], first: str, second: str) -> Comparison:
     for spec in pair:
         if spec not in known:
             raise ZooError(f"there is no record of {spec!r}; {_hint(spec, known)}")
-    pairings, alone = [], []
+    pairings, alone, groups = [], [], now or {}
     for table, standing in stats.tables(rows).items():
         found = {row.attention: row for row in standing if row.attention in pair}
         if len(found) == 2:
             one, other = (found[spec] for spec in pair)
-            pairings.append(Pairing(one, other, stats.paired(one.values, other.values)))
+            difference = stats.paired(one.values, other.values)
+            stale = table.recipe in groups and groups[table.recipe] != table.group
+            pairings.append(Pairing(one, other, difference, stale))
         else:
             alone += [(table, spec) for spec in found]
     return Comparison(*pair, tuple(pairings), tuple(alone))
