@@ -201,7 +201,7 @@ def test_a_narrow_terminal_has_statements_under_their_names(
 ) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     row = ["cope_counting", "cope", "reproduced", "published", "word " * 30]
-    _print(Console(width=60), [row])
+    _print(Console(width=60, color_system=None), [row])
     name, *lines = capsys.readouterr().out.splitlines()
     assert name == "cope_counting (cope) published: reproduced"
     assert len(lines) == 3

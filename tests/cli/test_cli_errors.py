@@ -69,7 +69,7 @@ def test_an_alias_is_not_shown(zoo_cli: Call) -> None:
     shown = [line.split()[0] for line in zoo_cli("--help").stdout.splitlines() if line.strip()]
     assert "claims" in shown
     assert "claim" not in shown
-    assert zoo_cli("clai").stderr.endswith("did you mean 'claims'?\n")
+    assert "'claim'" not in zoo_cli("clai").stderr
 
 
 def test_a_process_says_one_line(process: Process) -> None:

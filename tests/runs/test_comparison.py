@@ -106,7 +106,7 @@ def test_a_specification_without_records_has_the_nearest_named(make):
     near = r"no record of 'moba\+rope'; nearest with records: 'moba\(block=8\)\+rope', 'mha\+rope',"
     with pytest.raises(ZooError, match=near):
         compare(records, "moba+rope", "mha")
-    with pytest.raises(ZooError, match=r"no record of 'cope'; there are records of 'linear'$"):
+    with pytest.raises(ZooError, match=r"no record of 'mha\+cope'; there are records of 'linear'$"):
         compare([make(attention="linear")], "linear", "cope")
 
 
