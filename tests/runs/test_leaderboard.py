@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from zoo.errors import ZooError
 from zoo.runs import leaderboard
+from zoo.runs.board import current
 from zoo.runs.leaderboard import render, verify
 from zoo.runs.records import RecordWarning, write
 
@@ -53,6 +54,7 @@ def three(make):
 def test_a_row_has_every_figure(make):
     records = [
         *seeds(make, "mha", [0.99, 1.0, 0.995]),
+        *seeds(make, "mha", [0.5], lr=3e-3, select=0.1),
         *seeds(make, "linear", [0.80, 0.84, 0.82]),
         *seeds(make, "linear", [0.5], lr=3e-3, select=0.1),
     ]
@@ -63,7 +65,7 @@ def test_a_row_has_every_figure(make):
         "`test/accuracy` ↑": "0.8200 ± 0.0200 (3)",
         "solved": "0/3",
         "vs softmax": "-0.1750 [-0.2123, -0.1377] (3)",
-        "differs": "yes",
+        "outcome": "loss",
         "lr (tried)": "0.001 (2)",
         "parameters": "18.2k",
         "FLOPs": "1.23M",
@@ -80,8 +82,8 @@ def test_the_softmax_row_is_the_baseline(make, three):
     rows = standings(three)
     assert rows["mha"]["vs softmax"] == "baseline"
     assert rows["mha"]["solved"] == "3/3"
-    assert rows["cog"]["differs"] == "no"
-    assert rows["linear"]["differs"] == "yes"
+    assert rows["cog"]["outcome"] == "tie"
+    assert rows["linear"]["outcome"] == "loss"
     assert "No softmax baseline" not in render(three)
 
 
@@ -94,8 +96,14 @@ def test_a_table_without_softmax_says_so(make):
 
 
 def test_a_table_without_a_floor_says_so(make, three):
-    assert "- **No floor**" in render(three)
-    assert "No floor" not in render([*three, make(attention="no_mixing")])
+    assert "- **No floor**: this table has no run of `no_mixing`, `uniform_mean`" in render(three)
+    assert "- **No ceiling**: this table has no run of `gru`" in render(three)
+    fixed = [make(attention=name) for name in ("no_mixing", "uniform_mean", "gru")]
+    page = render([*three, *fixed])
+    assert "No floor" not in page
+    assert "No ceiling" not in page
+    assert "`uniform_mean` (floor)" in page
+    assert "`gru` (ceiling)" in page
 
 
 @given(
@@ -149,17 +157,17 @@ def test_no_records_give_a_page_that_says_so():
 
 def test_the_protocol_and_the_command_stand_at_the_top(three):
     top = render(three).split("## Summary")[0]
-    assert "**Protocol.**" in top
+    assert "## Protocol" in top
     assert f"`{leaderboard.COMMAND}`" in top
 
 
 def test_equal_rounded_means_share_a_rank(make):
     rows = standings(
         [
-            *seeds(make, "mha", [0.9]),
-            *seeds(make, "linear", [0.90001]),
-            *seeds(make, "cog", [0.5]),
-            *seeds(make, "moba", [0.95]),
+            *seeds(make, "mha", [0.9] * 3),
+            *seeds(make, "linear", [0.90001] * 3),
+            *seeds(make, "cog", [0.5] * 3),
+            *seeds(make, "moba", [0.95] * 3),
         ]
     )
     assert {name: row["rank"] for name, row in rows.items()} == {
@@ -187,10 +195,12 @@ def test_a_loss_ranks_the_lower_first(make):
 def test_failures_are_shown_everywhere(make):
     records = [
         *seeds(make, "mha", [0.9, 0.9, 0.9]),
+        *seeds(make, "mha", [0.1], lr=0.01),
         *seeds(make, "linear", [1.0, 1.0]),
         make(attention="linear", seed=2, status="nan"),
         make(attention="linear", seed=0, lr=0.01, status="failed"),
         *[make(attention="cog", seed=s, status="failed") for s in range(3)],
+        make(attention="cog", lr=0.01, status="failed"),
     ]
     summary, rows = tables(render(records))
     linear, mha, cog = rows
@@ -202,11 +212,10 @@ def test_failures_are_shown_everywhere(make):
     assert cog["`test/accuracy` ↑"] == "no figure (0 of 3)"
     assert cog["solved"] == "0/3"
     assert cog["vs softmax"] == "no shared seed"
-    assert cog["failures"] == "3 failed at lr 0.001"
-    assert [row["`mqar` ↑"] for row in summary] == [
-        "0.9000 ± 0.0000 (3)",
-        "no figure (0 of 3)",
-        "1.0000 ± 0.0000 (2 of 3)",
+    assert cog["failures"] == "3 failed at lr 0.001, 1 failed at lr 0.01"
+    assert [(row["attention"], row["Recall"]) for row in summary] == [
+        ("`linear`", "1.0 ± 0.0 (2)"),
+        ("`mha`", "1.7 ± 0.6 (3)"),
     ]
 
 
@@ -214,7 +223,7 @@ def test_one_seed_has_no_deviation_and_no_interval(make):
     rows = standings([*seeds(make, "mha", [0.5]), *seeds(make, "linear", [0.25])])
     assert rows["linear"]["`test/accuracy` ↑"] == "0.2500 (1)"
     assert rows["linear"]["vs softmax"] == "-0.2500 (1)"
-    assert rows["linear"]["differs"] == "one seed"
+    assert rows["linear"]["outcome"] == "one seed"
 
 
 def test_few_seeds_and_unequal_tuning_are_pointed_out(make, three):
@@ -256,9 +265,7 @@ def test_groups_of_one_recipe_are_told_apart(make):
     page = render(
         [make(), make(attention="linear"), make(group="g1", config=wide), make(recipe="copy")]
     )
-    summary, *rest = tables(page)
-    assert list(summary[0]) == ["attention", "`copy` ↑", "`mqar` `g0` ↑", "`mqar` `g1` ↑"]
-    assert [len(rows) for rows in rest] == [1, 2, 1]
+    assert [len(rows) for rows in tables(page)[-3:]] == [1, 2, 1]
     assert page.count("Unlike other groups of this recipe: `model.dim=64`.") == 1
     assert page.count("Unlike other groups of this recipe: `model.dim=128`.") == 1
 
@@ -278,14 +285,30 @@ def test_a_long_hash_is_shortened(make):
     assert "### `mqar`, group `0123456789ab`\n" in page
 
 
-def test_the_summary_has_every_mechanism_and_recipe(make, three):
-    summary, *_ = tables(render([*three, make(recipe="copy", track="copy", attention="moba")]))
-    assert [row["attention"] for row in summary] == ["`mha`", "`cog`", "`linear`", "`moba`"]
-    assert summary[0] == {
-        "attention": "`mha`",
-        "`copy` ↑": "—",
-        "`mqar` ↑": "0.9950 ± 0.0050 (3)",
-    }
+def test_the_summary_ranks_by_track_and_counts_outcomes(make, three):
+    other = seeds(make, "mha", [0.5, 0.5, 0.5], recipe="copy", track="state")
+    other += seeds(make, "cog", [0.7, 0.8, 0.9], recipe="copy", track="state")
+    summary, *_ = tables(render([*three, *other]))
+    assert summary == [
+        {
+            "attention": "`cog`",
+            "Recall": "1.5 ± 0.5 (3)",
+            "State and counting": "1.0 ± 0.0 (3)",
+            "win / tie / loss": "1 / 1 / 0",
+        },
+        {
+            "attention": "`mha`",
+            "Recall": "1.5 ± 0.5 (3)",
+            "State and counting": "2.0 ± 0.0 (3)",
+            "win / tie / loss": "baseline",
+        },
+        {
+            "attention": "`linear`",
+            "Recall": "3.0 ± 0.0 (3)",
+            "State and counting": "—",
+            "win / tie / loss": "0 / 0 / 1",
+        },
+    ]
 
 
 def test_where_it_was_made_stands_under_the_table(make):
@@ -313,7 +336,7 @@ def test_where_it_was_made_stands_under_the_table(make):
 
 
 def test_a_strange_name_cannot_break_the_table(make):
-    rows = standings([make(attention="odd(a='x|y`z')")])
+    rows = standings(seeds(make, "odd(a='x|y`z')", [0.5] * 3))
     assert [row["rank"] for row in rows.values()] == ["1"]
 
 
@@ -324,7 +347,7 @@ def test_write_counts_the_records_of_all_folders(make, three, tmp_path):
     page = tmp_path / "docs" / "leaderboard.md"
     with pytest.warns(RecordWarning, match=r"half\.json"):
         assert leaderboard.write(tmp_path / "records", page) == (page, 9)
-    assert page.read_bytes() == render(three).encode()
+    assert page.read_bytes() == render(three, now=current({"mqar"})).encode()
     assert os.listdir(page.parent) == ["leaderboard.md"]
 
 

@@ -1,25 +1,21 @@
 """The leaderboard: one Markdown page made from the records alone.
 
-The same set of records gives the same bytes, in whatever order it comes and on whatever day: no
-clock, no locale and no list of installed mechanisms has a say. `render` is the page, `write` puts
-it in place, and `verify` tells whether a page on disk is still the one that its records give.
+The same records and recipes give the same bytes, in whatever order they come and on whatever day:
+no clock and no locale has a say. `render` is the page, `write` puts it in place, and `verify` tells
+whether a page on disk is still the one that its records give.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from zoo.errors import ZooError
-from zoo.runs import claim_table, stats
+from zoo.runs import claim_table, standings, stats
+from zoo.runs.board import OUTCOMES, SEEDS, Board, Current, TrackBoard, assemble, current
 from zoo.runs.claims import FOLDER, Published, published
-from zoo.runs.markdown import NONE, code, table
+from zoo.runs.markdown import NONE, code, table, words
 from zoo.runs.records import Record, read_all, replace_text
-from zoo.runs.standings import DIGITS, FLOOR, SEEDS, arrow, section, spread
-from zoo.runs.stats import Row, Table
 
 COMMAND = "zoo leaderboard"
 
@@ -28,40 +24,61 @@ _PROTOCOL = f"""\
 
 Made from the run records alone; `{COMMAND}` makes it again, byte for byte.
 
-**Protocol.** Runs share a table only if everything but the attention, the learning rate and the
-seed is equal: host, data and their order, optimiser, number of steps. The learning rate is chosen
-on validation: the rate with the most usable seeds, then the best mean, then the smaller rate. At
-that rate the figures are from the test split: mean ± standard deviation (ddof = 1) and, in
-brackets, the number of seeds, of which a comparison needs {SEEDS}; one seed has no deviation. A run
-that diverged (nan) or failed has no figure: it shows in the brackets as in "2 of 3", counts as
-unsolved, and is listed. "vs softmax" is the mean difference over the shared seeds with its 95 %
-Student t interval, each row for itself, and "differs" tells whether that interval excludes zero.
-Every table needs softmax attention (`mha`) as its baseline and `{FLOOR}` as its floor. Equal
-rounded means share a rank. "lr (tried)" has the rate chosen and the number of rates; "runs"
-are those of all rates. Times are medians of one training step; FLOPs and state are those of one
-sequence or image, forward.
+## Protocol
+
+- **One budget.** Runs share a table only if everything but the attention, the learning rate and the
+  seed is equal: host, data and their order, optimiser, number of steps. Records that claim
+  otherwise are refused. A table whose recipe was changed since is marked stale and counts for
+  nothing.
+- **The same tuning.** Every row tries the learning rates of its recipe at seed 0. The rate is
+  chosen on validation: the one with the most usable seeds, then the best mean, then the smaller.
+- **Test once.** At that rate the checkpoint that was best on validation is measured on the test
+  sets, at {SEEDS} seeds or more: mean ± standard deviation (ddof = 1) and, in brackets, the number
+  of seeds. One seed has no deviation. Seed 0, at which the rate was chosen, is among them.
+- **Paired comparison.** "vs" is the mean difference to the baseline of the track over the shared
+  seeds with its 95 % Student t interval, each row for itself. *Win* and *loss* are intervals that
+  exclude zero, everything else is a *tie*. With {SEEDS} seeds the intervals are wide, and with many
+  rows some exclude zero by chance.
+- **Solved or not.** Where a task has a threshold, the number of seeds that reached it stands beside
+  the mean, since such figures are bimodal.
+- **Floors and ceilings.** Every table has its baseline, its floors (what the host reaches without
+  the mechanism) and, where there is one, a ceiling (`gru`: what a recurrent layer reaches).
+- **Failures count.** A run that diverged (nan) or failed (out of memory, out of time) has no
+  figure: it shows in the brackets as in "2 of 3", counts as unsolved, and is listed.
+- **Size.** A row with more parameters than its track allows is shown without a place, as is one
+  that lacks rates or seeds.
+
+Equal rounded means share a place. "lr (tried)" has the rate chosen and the number of rates; "runs"
+are those of all rates. Times are medians of one training step, on a machine that did other work
+too; FLOPs and state are those of one sequence or image, forward.
 """
 
 
-def render(records: Iterable[Record], claims: Sequence[Published] = ()) -> str:
+def render(
+    records: Iterable[Record],
+    claims: Sequence[Published] = (),
+    now: Mapping[str, Current] | None = None,
+    figures: Sequence[tuple[str, str]] = (),
+) -> str:
     """Return the page for a set of records.
 
     Args:
         records: Records in any order; the same record twice counts once.
         claims: Claims with their verdicts, whose records stand in no other table.
+        now: Recipes as they are now, by name.
+        figures: Caption and address of each picture.
+
+    Raises:
+        ZooError: Records of different budgets claim to belong into one table.
     """
-    tables = stats.tables(stats.summarise(records))
+    board = assemble(records, claims, now)
     stated = [claim_table.section(claims)] if claims else []
-    if not tables:
+    if not board.tracks:
         return "\n".join([_PROTOCOL, *(stated or ["There are no records yet.\n"])])
-    settings = _settings(tables)
-    parts = [_PROTOCOL, "## Summary\n", _summary(tables), *stated]
-    track = None
-    for key, rows in tables.items():
-        if key.track != track:
-            track = key.track
-            parts.append(f"## Track {code(track)}\n")
-        parts.append(section(key, rows, settings[key]))
+    parts = [_PROTOCOL, "## Summary\n", *_summary(board), *_pictures(figures), *stated]
+    for track in board.tracks:
+        parts.append(_heading(track))
+        parts += [standings.section(table, track.track) for table in track.tables]
     return "\n".join(parts)
 
 
@@ -81,7 +98,8 @@ def page(folder: str | Path) -> tuple[str, int]:
     """
     records, claims = read_all(folder, recursive=True, without=FOLDER), published(folder)
     count = sum(len(ids) for one in claims for ids in one.verdict.ids.values())
-    return render(records, claims), len(records) + count
+    now = current({record.recipe for record in records})
+    return render(records, claims, now), len(records) + count
 
 
 def write(folder: str | Path, path: str | Path) -> tuple[Path, int]:
@@ -129,45 +147,64 @@ def verify(path: str | Path, folder: str | Path) -> str:
     return f"{path} is not what {folder} gives, from line {line} on; run `{COMMAND}`"
 
 
-def _summary(tables: Mapping[Table, list[Row]]) -> str:
-    recipes = Counter(key.recipe for key in tables)
-    header = ["attention"]
-    cells: dict[str, dict[Table, str]] = defaultdict(dict)
-    for key, rows in tables.items():
-        group = f" {code(key.group[:DIGITS])}" if recipes[key.recipe] > 1 else ""
-        header.append(f"{code(key.recipe)}{group} {arrow(key)}")
-        for row in rows:
-            cells[row.attention][key] = spread(row.spread, row.attempts)
-    order = sorted(cells, key=lambda name: (not stats.is_softmax(name), name))
-    return table(
-        header, [[code(name), *(cells[name].get(key, NONE) for key in tables)] for name in order]
+def _heading(track: TrackBoard) -> str:
+    about = f"{words(track.track.description)} " if track.track.description else ""
+    fixed = ", ".join(map(code, track.track.floors))
+    return (
+        f"## Track: {words(track.track.title)}\n\n{about}Baseline: {code(track.track.baseline)}"
+        + (f"; floors: {fixed}" if fixed else "")
+        + (f"; ceiling: {code(track.track.ceiling)}" if track.track.ceiling else "")
+        + f"; parameters: at most {track.track.size:g} times the baseline's.\n"
     )
 
 
-def _settings(tables: Mapping[Table, list[Row]]) -> dict[Table, dict[str, str]]:
-    """Return what tells the tables of one recipe apart: the settings that differ between them."""
-    flat: dict[Table, dict[str, set[str]]] = {key: defaultdict(set) for key in tables}
-    for key, rows in tables.items():
-        for record in (run for row in rows for run in row.runs):
-            for name, value in _flatten(record.config):
-                flat[key][name].add(json.dumps(value, sort_keys=True))
-    differing: dict[Table, dict[str, str]] = {}
-    for key, found in flat.items():
-        others = [flat[other] for other in tables if other.recipe == key.recipe]
-        differing[key] = {
-            name: min(values)
-            for name, values in sorted(found.items())
-            if name not in ("attention", "seed", "optim.lr", "description")
-            and not name.startswith("budget.")
-            and len(values) == 1
-            and any(other.get(name) != values for other in others)
-        }
-    return differing
+def _pictures(figures: Sequence[tuple[str, str]]) -> list[str]:
+    if not figures:
+        return []
+    return ["## Figures\n", *(f"![{words(caption)}]({path})\n" for caption, path in figures)]
 
 
-def _flatten(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _flatten(item, f"{name}.{key}" if name else key)
-    else:
-        yield name, value
+def _summary(board: Board) -> list[str]:
+    """Return one table for the tracks of each baseline: places and outcomes."""
+    baselines = dict.fromkeys(track.track.baseline for track in board.tracks if track.counted)
+    parts = []
+    for name in baselines:
+        found = [t for t in board.tracks if t.track.baseline == name and t.counted]
+        recipes = sum(len(track.counted) for track in found)
+        parts.append(
+            f"Against {code(name)}, over {recipes} recipe{'s' * (recipes != 1)}: mean place ± its "
+            "standard deviation over recipes and seeds, in brackets how many; win / tie / loss "
+            "are tables.\n"
+        )
+        parts.append(_places(name, found))
+    return parts or ["No table counts: all are stale.\n"]
+
+
+def _places(baseline: str, found: Sequence[TrackBoard]) -> str:
+    ranks = [track.ranks() for track in found]
+    outcomes = [track.outcomes() for track in found]
+    names = sorted({name for one in ranks for name in one})
+    total = {
+        name: [sum(one.get(name, {}).get(kind, 0) for one in outcomes) for kind in OUTCOMES]
+        for name in names
+    }
+
+    def order(name: str) -> tuple[bool, float, str]:
+        places = [one[name].mean for one in ranks if name in one]
+        return len(places) < len(found), sum(places) / len(places), name
+
+    lines = []
+    for name in sorted(names, key=order):
+        cells = [code(name)]
+        for one in ranks:
+            place = one.get(name)
+            if place is None:
+                cells.append(NONE)
+            else:
+                spread = "" if place.std is None else f" ± {place.std:.1f}"
+                cells.append(f"{place.mean:.1f}{spread} ({place.n})")
+        is_baseline = name == baseline or (stats.is_softmax(baseline) and stats.is_softmax(name))
+        cells.append("baseline" if is_baseline else " / ".join(map(str, total[name])))
+        lines.append(cells)
+    header = ["attention", *(words(track.track.title) for track in found), "win / tie / loss"]
+    return table(header, lines)

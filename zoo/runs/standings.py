@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from zoo.runs import stats
-from zoo.runs.markdown import NONE, code, figures, milliseconds, quantity, size, table
+from zoo.runs.board import SEEDS, Standing, TableBoard
+from zoo.runs.markdown import NONE, code, figures, milliseconds, quantity, size, table, words
 from zoo.runs.stats import Row, Spread, Table
+from zoo.runs.tracks import Track
 
-SEEDS = 3
-FLOOR = "no_mixing"  # what the host reaches when no position learns of another
 DIGITS = 12  # of a hash; more tell a reader nothing
+_REPEATED = ("loss", "perplexity")  # what says the same as the reported figure in other units
 
 
-def section(key: Table, rows: list[Row], settings: Mapping[str, str]) -> str:
+def section(board: TableBoard, track: Track) -> str:
     """Return the heading, the table and the notes of one table.
 
     Args:
-        key: What the runs of the table share.
-        rows: Its rows, in any order.
-        settings: What tells it from the other tables of its recipe, by name.
+        board: The table.
+        track: Its track.
     """
-    return "\n".join([_introduction(key, rows, settings), _standings(key, rows), _notes(rows)])
+    return "\n".join([_introduction(board), _standings(board, track), _notes(board, track)])
 
 
 def spread(found: Spread | None, attempts: int) -> str:
@@ -46,35 +46,42 @@ def arrow(key: Table) -> str:
     return "↑" if key.mode == "max" else "↓"
 
 
-def _introduction(key: Table, rows: list[Row], settings: Mapping[str, str]) -> str:
+def _introduction(board: TableBoard) -> str:
+    key = board.key
     better = "higher" if key.mode == "max" else "lower"
     text = f"{code(key.report)}, {better} is better; chosen by {code(key.select)}"
     if key.solved is not None:
         text += f"; solved at {'≥' if key.mode == 'max' else '≤'} {key.solved:g}"
-    runs = [run for row in rows for run in row.records]
+    runs = [run for row in board.rows for run in row.records]
     if runs:
         text += f"; {_distinct(str(run.steps) for run in runs)} steps"
         text += f", {_distinct(str(run.examples) for run in runs)} examples"
-    text += ".\n"
-    if settings:
-        listed = ", ".join(code(f"{name}={value}") for name, value in settings.items())
+    text += f"; learning rates {', '.join(f'{rate:g}' for rate in board.rates)}.\n"
+    listed = ", ".join(code(f"{name}={value}") for name, value in board.settings.items())
+    if board.stale:
+        text += f"\n**Stale**: the recipe was changed since. It was: {listed or 'another'}.\n"
+    elif listed:
         text += f"\nUnlike other groups of this recipe: {listed}.\n"
     return f"### {code(key.recipe)}, group {code(key.group[:DIGITS])}\n\n{text}"
 
 
-def _standings(key: Table, rows: list[Row]) -> str:
-    softmax = stats.baseline(rows)
-    extra = sorted({name for row in rows for name in row.extra})
+def _standings(board: TableBoard, track: Track) -> str:
+    key = board.key
+    extra = [name for name in sorted({n for row in board.rows for n in row.extra}) if _own(name)]
+    marks = any(one.faults for one in board.standings)
     header = ["rank", "attention", f"{code(key.report)} {arrow(key)}"]
     header += ["solved"] * (key.solved is not None)
-    header += ["vs softmax", "differs", *map(code, extra), "lr (tried)", "parameters", "FLOPs"]
-    header += ["state", "step CPU / wall, ms", "peak memory", "conv", "runs", "failures"]
+    header += [f"vs {_name(track)}", "outcome", *map(code, extra), "lr (tried)", "parameters"]
+    header += ["FLOPs", "state", "step CPU / wall, ms", "peak memory", "conv", "runs", "failures"]
+    header += ["no place because of"] * marks
     lines = []
-    for rank, row in _ranked(key, rows):
-        cells = [rank, code(row.attention), spread(row.spread, row.attempts)]
+    for one in board.standings:
+        row = one.row
+        rank = NONE if one.rank is None else str(one.rank)
+        cells = [rank, _row_name(row, track), spread(row.spread, row.attempts)]
         if row.solved is not None:
             cells.append(f"{row.solved}/{row.attempts}")
-        cells += _difference(row, softmax)
+        cells += _difference(one, board.baseline)
         cells += [spread(row.extra.get(name), row.attempts) for name in extra]
         cells += [
             f"{NONE if row.lr is None else f'{row.lr:g}'} ({len(row.lrs)})",
@@ -87,41 +94,41 @@ def _standings(key: Table, rows: list[Row]) -> str:
             str(len(row.runs)),
             _failures(row),
         ]
+        cells += ["; ".join(one.faults) or NONE] * marks
         lines.append(cells)
     return table(header, lines, left=2)
 
 
-def _ranked(key: Table, rows: list[Row]) -> list[tuple[str, Row]]:
-    """Order rows by the rounded mean, give equal ones one rank, and put those without one last."""
-    sign = -1 if key.mode == "max" else 1
-    means = {id(row): row.spread and figures(row.spread.mean)[0] for row in rows}
-    ranked = sorted(
-        rows,
-        key=lambda row: (
-            means[id(row)] is None,
-            sign * float(means[id(row)] or 0),
-            row.attention,
-        ),
-    )
-    order = [means[id(row)] for row in ranked]
-    return [
-        (NONE if mean is None else str(order.index(mean) + 1), row)
-        for mean, row in zip(order, ranked, strict=True)
-    ]
+def _own(name: str) -> bool:
+    """Whether a figure says more than the reported one in other units."""
+    return name.rpartition("/")[2] not in _REPEATED
 
 
-def _difference(row: Row, softmax: Row | None) -> list[str]:
-    if softmax is None:
+def _name(track: Track) -> str:
+    return "softmax" if stats.is_softmax(track.baseline) else code(track.baseline)
+
+
+def _row_name(row: Row, track: Track) -> str:
+    """Return a specification, with its part in the track if it has one."""
+    parts = {track.baseline: "baseline", **dict.fromkeys(track.floors, "floor")}
+    if track.ceiling is not None:
+        parts[track.ceiling] = "ceiling"
+    part = parts.get(row.attention)
+    return code(row.attention) + (f" ({part})" if part in ("floor", "ceiling") else "")
+
+
+def _difference(one: Standing, baseline: Row | None) -> list[str]:
+    if baseline is None:
         return [NONE, NONE]
-    if row is softmax:
+    if one.row is baseline:
         return ["baseline", NONE]
-    found = stats.paired(row.values, softmax.values)
+    found = one.difference
     if found is None:
         return ["no shared seed", NONE]
     if found.low is None or found.high is None:
         return [f"{figures(found.mean, sign=True)[0]} ({found.n})", "one seed"]
     mean, low, high = figures(found.mean, found.low, found.high, sign=True)
-    return [f"{mean} [{low}, {high}] ({found.n})", "yes" if found.excludes_zero else "no"]
+    return [f"{mean} [{low}, {high}] ({found.n})", one.outcome or NONE]
 
 
 def _failures(row: Row) -> str:
@@ -133,14 +140,22 @@ def _distinct(texts: Iterable[str]) -> str:
     return ", ".join(sorted(set(texts)))
 
 
-def _notes(rows: list[Row]) -> str:
+def _notes(board: TableBoard, track: Track) -> str:
     """Return what a reader has to know before believing the table, and where it was made."""
     notes = []
-    softmax = stats.baseline(rows)
-    if softmax is None or not softmax.values:
-        notes.append("**No softmax baseline**: this table has no run of `mha` with a figure.")
-    if not any(row.attention == FLOOR and row.values for row in rows):
-        notes.append(f"**No floor**: this table has no run of {code(FLOOR)} with a figure.")
+    rows = board.rows
+    if board.baseline is None or not board.baseline.values:
+        notes.append(
+            f"**No {_name(track)} baseline**: this table has no run of {code(track.baseline)} "
+            "with a figure."
+        )
+    held = {row.attention for row in rows if row.values}
+    ceilings = () if track.ceiling is None else (track.ceiling,)
+    for part, wanted in (("floor", track.floors), ("ceiling", ceilings)):
+        gone = [name for name in wanted if name not in held and not _absent(board, name)]
+        if gone:
+            shown = _distinct(map(code, gone))
+            notes.append(f"**No {part}**: this table has no run of {shown} with a figure.")
     if few := [row.attention for row in rows if len(row.values) < SEEDS]:
         notes.append(f"**Fewer than {SEEDS} seeds** with a figure: {_distinct(map(code, few))}.")
     if len({row.lrs for row in rows}) > 1:
@@ -148,6 +163,11 @@ def _notes(rows: list[Row]) -> str:
         notes.append(
             f"**Unequal tuning**: learning rates tried are not the same in each row ({tried})."
         )
+    if board.missing:
+        notes.append(f"Not run yet: {', '.join(map(code, board.missing))}.")
+    for reason in sorted({str(one.reason) for one in board.absent}):
+        names = ", ".join(code(one.name) for one in board.absent if one.reason == reason)
+        notes.append(f"Not in this table: {names} ({words(reason)}).")
     runs = [run for row in rows for run in row.runs]
     devices = {
         f"{code(r.device['name'])} ({r.device['type']}, threads {r.device['threads']})"
@@ -171,6 +191,10 @@ def _notes(rows: list[Row]) -> str:
         f"Commits: {_distinct(code(_short(run.commit)) for run in runs)}.",
     ]
     return "".join(f"- {note}\n" for note in notes)
+
+
+def _absent(board: TableBoard, name: str) -> bool:
+    return any(one.spec == name for one in board.absent)
 
 
 def _short(commit: str | None) -> str:
