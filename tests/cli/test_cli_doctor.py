@@ -98,10 +98,7 @@ def test_the_repository_is_healthy(zoo_cli: Call, monkeypatch: pytest.MonkeyPatc
     result = zoo_cli("doctor", "--json")
     found = json.loads(result.stdout)
     problems = [
-        line
-        for part in found["sections"]
-        for line in part["lines"]
-        if line["level"] == "problem"
+        line for part in found["sections"] for line in part["lines"] if line["level"] == "problem"
     ]
     assert problems == []
     assert result.exit_code == 0
