@@ -24,7 +24,7 @@ COMMANDS = {
     "list": "pattern kind trait axis recipes data json",
     "info": "name json",
     "run": "recipe overrides resume records runs quiet resume_if_possible",
-    "sweep": "recipe grid jobs records runs minutes quiet",
+    "sweep": "recipe grid jobs ray records runs minutes quiet",
     "claims": "name workers records runs verdict_only quiet",
     "claim": "name workers records runs verdict_only quiet",
     "leaderboard": "records output figures show",

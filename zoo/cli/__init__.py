@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli import browse, claims, compare, doctor, kernels, measure, training
+from zoo.cli import browse, claims, cluster, compare, doctor, kernels, measure, training
 from zoo.cli.errors import Commands, guarded
 
 app = typer.Typer(
@@ -51,7 +51,10 @@ for _command in (
     *(training.leaderboard, compare.compare, training.sample, measure.show, measure.bench),
     *(kernels.kernels, doctor.doctor),
 ):
-    app.command(name=_command.__name__.strip("_"))(_command)
+    app.command(
+        name=_command.__name__.strip("_"),
+        cls=cluster.RayCommand if _command is training.sweep else None,
+    )(_command)
 app.command(name="claim", hidden=True)(claims.claims)  # its former name
 
 

@@ -40,7 +40,7 @@ def run(
     ] = False,
 ) -> None:
     """Train one model by a recipe and write its record."""
-    from zoo.runs import config, train
+    from zoo.runs import config, train, training
 
     work: Callable[..., Record]
 
@@ -69,7 +69,7 @@ def run(
     except Exception as error:
         text = " ".join(str(error).split())
         raise Failed(f"the run failed: {type(error).__name__}: {text}") from error
-    if not quiet:
+    if not quiet and training.is_main():
         before = "done before: " if datetime.fromisoformat(record.created) < begun else ""
         console().print(before + _line(record), markup=False, soft_wrap=True)
 
@@ -111,7 +111,18 @@ def sweep(
             "to keep to, such as track=recall,state recipe=mqar attention=moba,cog seeds=3."
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at once.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Runs at once; default 1, or as many as there is room for with --ray."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Run on Ray: HOST:PORT, ray://HOST:PORT or auto for a cluster; without an address "
+            "on an instance on this machine.",
+        ),
+    ] = None,
     records: Annotated[
         Path | None,
         typer.Option(help="Folder of the records; default runs/records, data/runs of the board."),
@@ -123,33 +134,38 @@ def sweep(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Train every cell of a grid, or all of the leaderboard, that has no record yet."""
-    from zoo.runs import config
-    from zoo.runs.grid import cells, parse_grid
-    from zoo.runs.sweep import sweep_cells
+    from zoo.cli.cluster import spawner
 
-    if recipe == "leaderboard":
-        from zoo.runs.tournament import plan, tournament
+    if recipe != "leaderboard" and not grid:
+        raise ZooError("nothing to vary; give axes such as attention=mha,linear seeds=3")
+    with spawner(ray, jobs) as (ours, count):  # first, so that a wrong address is soon told
+        if recipe == "leaderboard":
+            from zoo.runs.tournament import plan, tournament
 
-        result = tournament(
-            plan(grid or []),
-            jobs=jobs,
-            records=records or Path("data/runs"),
-            runs=runs,
-            minutes=minutes,
-            progress=not quiet,
-        )
-    else:
-        if not grid:
-            raise ZooError("nothing to vary; give axes such as attention=mha,linear seeds=3")
-        result = sweep_cells(
-            [(recipe, cell) for cell in cells(parse_grid(grid))],
-            jobs=jobs,
-            records=records or Path("runs/records"),
-            runs=runs,
-            identify=config.run_id,
-            minutes=minutes,
-            title=None if quiet else recipe,
-        )
+            result = tournament(
+                plan(grid or []),
+                jobs=count,
+                records=records or Path("data/runs"),
+                runs=runs,
+                minutes=minutes,
+                spawner=ours,
+                progress=not quiet,
+            )
+        else:
+            from zoo.runs import config
+            from zoo.runs.grid import cells, parse_grid
+            from zoo.runs.sweep import sweep_cells
+
+            result = sweep_cells(
+                [(recipe, cell) for cell in cells(parse_grid(grid or []))],
+                jobs=count,
+                records=records or Path("runs/records"),
+                runs=runs,
+                spawner=ours,
+                identify=config.run_id,
+                minutes=minutes,
+                title=None if quiet else recipe,
+            )
     console().print(result.report(), markup=False, soft_wrap=True)
     if result.exit_code:
         raise typer.Exit(result.exit_code)

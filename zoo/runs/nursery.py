@@ -9,6 +9,7 @@ gone it leaves; its forks go on.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import select
@@ -88,7 +89,10 @@ def _run(request: dict[str, Any], output: int) -> NoReturn:
         os.environ.update(request["environment"])
         from zoo.cli import main as command
 
-        command(["run", *request["arguments"]])
+        # A run on several devices starts the other processes by what this one was started with.
+        sys.argv = ["zoo", "run", *request["arguments"]]
+        sys.modules["__main__"].__spec__ = importlib.util.find_spec("zoo.__main__")
+        command(sys.argv[1:])
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)

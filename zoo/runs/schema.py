@@ -22,6 +22,8 @@ ACCELERATORS = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 MODES = ("max", "min")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
+# Those under which a run gives the record that one process would give.
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 # What the recipe says elsewhere.
 _NOT_OPTIONS = ("name", "attention", "max_len", "device", "dtype")
 
@@ -38,7 +40,7 @@ class Trainer:
         max_minutes: Stop after so many minutes of training.
         accelerator: cpu, cuda, mps, or auto for the best there is.
         devices: Number of devices (or processes on a CPU).
-        strategy: Lightning's strategy for several devices, such as ddp.
+        strategy: Lightning's strategy for several devices: ddp or a form of it; auto is ddp.
         precision: Lightning's precision, such as 32-true or bf16-mixed.
     """
 
@@ -200,6 +202,11 @@ def check(config: DictConfig, tests: list[str], task: str) -> None:
         if trainer[key] not in allowed:
             raise unknown(f"trainer.{key}", trainer[key], allowed)
     _check_strategy(trainer.strategy)
+    if (batch := config.data.batch_size) % trainer.devices:
+        raise ZooError(
+            f"data.batch_size={batch} cannot be shared by trainer.devices={trainer.devices}; "
+            f"allowed: multiples of {trainer.devices}"
+        )
     _check_metrics(config.metrics, metric_names(task, tests))
     if config.budget.seeds < 1:
         raise ZooError(f"budget.seeds={config.budget.seeds} must be at least 1")
@@ -213,9 +220,15 @@ def check(config: DictConfig, tests: list[str], task: str) -> None:
 def _check_strategy(name: str) -> None:
     from lightning.pytorch.strategies import StrategyRegistry
 
-    allowed = ["auto", *StrategyRegistry.available_strategies()]
-    if name not in allowed:
-        raise unknown("trainer.strategy", name, allowed)
+    if name in STRATEGIES:
+        return
+    if name not in StrategyRegistry.available_strategies():
+        raise unknown("trainer.strategy", name, STRATEGIES)
+    why = "needs its own code for clipping, checkpoints and costs, which the zoo has not"
+    if any(word in name for word in ("spawn", "fork", "notebook")):
+        why = "trains in processes whose outcome never comes back"
+    allowed = ", ".join(STRATEGIES)
+    raise ZooError(f"trainer.strategy={name!r} {why}; allowed: {allowed}")
 
 
 def metric_names(task: str, tests: list[str]) -> list[str]:

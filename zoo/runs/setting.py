@@ -27,7 +27,15 @@ _EXPECTED = (
     r".*does not have a deterministic implementation.*",
 )
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
-_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
+_VARIABLES = (
+    *("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG"),
+    # What a run on several devices leaves, and the next one would take for its own.
+    *("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
+
+
+def _grouped() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @contextmanager
@@ -47,6 +55,7 @@ def setting(seed: int) -> Iterator[None]:
     benchmark = torch.backends.cudnn.benchmark
     threads = threading.current_thread() is threading.main_thread()
     interrupt = signal.getsignal(signal.SIGINT)
+    grouped = _grouped()
     try:
         with warnings.catch_warnings(), isolate_rng():
             for message in _EXPECTED:
@@ -58,6 +67,8 @@ def setting(seed: int) -> Iterator[None]:
             seed_everything(seed, workers=True, verbose=False)
             yield
     finally:
+        if _grouped() and not grouped:
+            torch.distributed.destroy_process_group()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         for name, value in variables.items():

@@ -13,6 +13,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
@@ -61,6 +62,11 @@ def task_pictures(task: Task, data: DataModule) -> dict[str, Figure]:
         task.train(was_training)
 
 
+def is_main() -> bool:
+    """Return whether this process is the one of a run that writes its record."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 @contextmanager
 def _endings() -> Iterator[None]:
     """Let interrupts end the process in the usual ways, not in Lightning's."""
@@ -88,7 +94,7 @@ class Training:
     folder: Path
     _data: DataModule | None = None
     _facts: dict[str, Any] = field(default_factory=dict)
-    _main: bool = True
+    _main: bool = field(default_factory=is_main)
     _task: Task | None = None
 
     def __post_init__(self) -> None:
@@ -161,7 +167,7 @@ class Training:
         return Trainer(
             accelerator=self._accelerator,
             devices=given.devices,
-            strategy=given.strategy,
+            strategy="ddp" if given.strategy == "auto" and given.devices > 1 else given.strategy,
             precision=given.precision,
             max_steps=given.max_steps,
             max_epochs=-1,

@@ -85,6 +85,14 @@ class Task(LightningModule):
         """Return the mean loss of a batch."""
         raise NotImplementedError
 
+    def targets(self, batch: Batch) -> int | Tensor:
+        """Return over how many numbers the loss is a mean, up to a factor.
+
+        Args:
+            batch: The batch.
+        """
+        return len(next(iter(batch.values())))
+
     def pictures(self, batch: Batch) -> dict[str, Figure]:
         """Draw what the model does on a batch, by name; a run saves them at its end.
 
@@ -122,6 +130,8 @@ class Task(LightningModule):
             batch_idx: Its number.
         """
         loss = self.loss(self.logits(batch), batch)
+        if (share := self._share(batch)) is not None:
+            loss = loss * share
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
         for name, value in auxiliary_losses(self.model).items():
             self.log(f"train/aux_{name}", value.detach(), batch_size=1, sync_dist=True)
@@ -172,6 +182,19 @@ class Task(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _share(self, batch: Batch) -> Tensor | None:
+        """Return the weight of this process's loss in the mean over processes, if there are more.
+
+        With it that mean is the loss of the whole batch, whoever has how many of its targets.
+        """
+        group = torch.distributed
+        if not (group.is_available() and group.is_initialized() and group.get_world_size() > 1):
+            return None
+        own = torch.as_tensor(self.targets(batch), dtype=torch.float32, device=self.device)
+        every = own.clone()
+        group.all_reduce(every)
+        return own * group.get_world_size() / every
 
     def _finish(self, index: int) -> None:
         figures = self.split(index)

@@ -81,6 +81,10 @@ class LanguageModelling(Task):
         """Return (B, T, V)."""
         return self.model(batch["tokens"])
 
+    def targets(self, batch: Batch) -> Tensor:
+        """Return the number of marked targets."""
+        return (batch["targets"] != IGNORE).sum()
+
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the mean cross-entropy in nats per token."""
         return F.cross_entropy(

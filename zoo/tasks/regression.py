@@ -59,6 +59,10 @@ class Regression(Task):
         """Return (B, T, K)."""
         return self.model(batch["tokens"])
 
+    def targets(self, batch: Batch) -> Tensor:
+        """Return the number of marked targets."""
+        return marked(batch["targets"]).sum()
+
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the mean squared error over the marked positions."""
         asked = marked(batch["targets"])

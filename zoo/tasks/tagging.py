@@ -59,6 +59,10 @@ class TokenTagging(Task):
         """Return (B, T, V)."""
         return self.model(batch["tokens"])
 
+    def targets(self, batch: Batch) -> Tensor:
+        """Return the number of marked targets."""
+        return (batch["targets"] != IGNORE).sum()
+
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the mean cross-entropy over the marked positions."""
         targets = batch["targets"]

@@ -1,0 +1,31 @@
+"""The command line on a leash: ``python -m zoo.runs.leash ...`` ends when its input does.
+
+Whoever starts it holds the other end of a pipe. Should that process be killed, nobody is left to
+end the run, which would go on for hours on a machine that is given to others; so the run, the head
+of a group of processes, ends its whole group by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+
+def _follow() -> None:
+    while os.read(0, 1):  # not through sys.stdin, whose lock would be held when Python ends
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    """Run the command line until it is done or the leash is cut."""
+    if os.getpgrp() == os.getpid():  # a process it has started in turn ends with the group
+        threading.Thread(target=_follow, daemon=True).start()
+    from zoo.cli import main as command
+
+    command()
+
+
+if __name__ == "__main__":
+    main()
