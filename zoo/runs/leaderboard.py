@@ -19,7 +19,7 @@ from zoo.runs.records import Record, read_all, replace_text
 
 COMMAND = "zoo leaderboard"
 
-_PROTOCOL = f"""\
+PROTOCOL = f"""\
 # Leaderboard
 
 Made from the run records alone; `{COMMAND}` makes it again, byte for byte.
@@ -74,8 +74,8 @@ def render(
     board = assemble(records, claims, now)
     stated = [claim_table.section(claims)] if claims else []
     if not board.tracks:
-        return "\n".join([_PROTOCOL, *(stated or ["There are no records yet.\n"])])
-    parts = [_PROTOCOL, "## Summary\n", *_summary(board), *_pictures(figures), *stated]
+        return "\n".join([PROTOCOL, *(stated or ["There are no records yet.\n"])])
+    parts = [PROTOCOL, "## Summary\n", *_summary(board), *_pictures(figures), *stated]
     for track in board.tracks:
         parts.append(_heading(track))
         parts += [standings.section(table, track.track) for table in track.tables]
