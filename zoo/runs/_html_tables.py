@@ -174,7 +174,7 @@ class Tables:
                 Cell(lines(criterion)),
                 Cell(lines(measured) or NONE),
                 Cell(lines([_badge(outcome), "" if one.stale else verdict.why]), outcome),
-                Cell(coded(f"zoo claim {verdict.name}")),
+                Cell(coded(f"zoo claims {verdict.name}")),
             ]
             made.append(self._line(row, claim.mechanism, cells, verdict.name, claim.statement))
         return Grid(self.ids.new("t-claims"), "Claims", tuple(columns), tuple(made))

@@ -14,7 +14,7 @@ from zoo.runs.verdicts import OUTCOMES, Verdict
 STALE = "stale: the claim was changed after this verdict"
 
 RULE = """\
-Each claim is a paper's headline result with a criterion fixed before the verdict; `zoo claim NAME`
+Each claim is a paper's headline result with a criterion fixed before the verdict; `zoo claims NAME`
 trains its variants and judges it. The criterion is evaluated on each seed with the figures of all
 variants at that seed: *reproduced* if it holds on every seed, *not reproduced* if on none, else
 *undecided at this scale*, as also where a requirement does not hold on the means over the seeds. A
@@ -33,7 +33,7 @@ def section(found: Sequence[Published]) -> str:
     total = ", ".join(
         f"{counted[o]} {o.partition(':')[0]}" for o in (*OUTCOMES, STALE) if counted[o]
     )
-    header = ["mechanism", "claim", "criterion", "figures", "verdict"]
+    header = ["mechanism", "claim", "criterion", "figures", "verdict", "again by"]
     rows = [_row(one) for one in found]
     return f"## Claims\n\n{RULE}\n{total}.\n\n{table(header, rows, left=len(header))}"
 
@@ -51,6 +51,7 @@ def _row(one: Published) -> list[str]:
         "<br>".join(criterion),
         "<br>".join(lines) or NONE,
         STALE if one.stale else f"**{verdict.outcome}**: {words(verdict.why)}",
+        code(f"zoo claims {verdict.name}"),
     ]
 
 

@@ -142,7 +142,7 @@ def _page(
                     "board": table,
                     "grid": tables.standings(table, one.track),
                     "about": markdown(standings.about(table)),
-                    "notes": markdown(standings.notes(table, one.track)),
+                    "notes": markdown(standings.remarks(table, one.track)),
                 }
                 for table in one.tables
             ],

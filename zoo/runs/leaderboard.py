@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from zoo.errors import ZooError
-from zoo.runs import claim_table, standings, stats
+from zoo.runs import claim_table, efficiency, standings, stats
 from zoo.runs.board import OUTCOMES, SEEDS, Board, Current, TrackBoard, assemble, current
 from zoo.runs.claims import FOLDER, Published, published
 from zoo.runs.markdown import NONE, code, table, words
@@ -59,6 +60,7 @@ def render(
     claims: Sequence[Published] = (),
     now: Mapping[str, Current] | None = None,
     figures: Sequence[tuple[str, str]] = (),
+    measured: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the page for a set of records.
 
@@ -67,6 +69,7 @@ def render(
         claims: Claims with their verdicts, whose records stand in no other table.
         now: Recipes as they are now, by name.
         figures: Caption and address of each picture.
+        measured: Measurements of `zoo bench`, by name.
 
     Raises:
         ZooError: Records of different budgets claim to belong into one table.
@@ -79,6 +82,8 @@ def render(
     for track in board.tracks:
         parts.append(_heading(track))
         parts += [standings.section(table, track.track) for table in track.tables]
+    if measured:
+        parts.append(efficiency.section(dict(measured)))
     return "\n".join(parts)
 
 
@@ -99,7 +104,8 @@ def page(folder: str | Path) -> tuple[str, int]:
     records, claims = read_all(folder, recursive=True, without=FOLDER), published(folder)
     count = sum(len(ids) for one in claims for ids in one.verdict.ids.values())
     now = current({record.recipe for record in records})
-    return render(records, claims, now), len(records) + count
+    measured = efficiency.measurements(folder)
+    return render(records, claims, now, measured=measured), len(records) + count
 
 
 def write(folder: str | Path, path: str | Path) -> tuple[Path, int]:
