@@ -19,6 +19,7 @@ from zoo.spec import split
 
 GONE = "unregistered"
 """Kind of a mechanism that records name and nobody registers any more."""
+_NOTHING = Markup()
 ANY_MASK = "any_mask"
 TRAITS = (*(item.name for item in fields(Traits) if item.type == "bool"), ANY_MASK)
 """Traits that rows can be filtered by."""
@@ -51,8 +52,8 @@ class Mechanism:
     name: str
     id: str
     entry: Entry | None
-    lead: Markup = Markup("")
-    rest: Markup = Markup("")
+    lead: Markup = _NOTHING
+    rest: Markup = _NOTHING
     options: tuple[Option, ...] = ()
     picture: Picture | None = None
     same_as: str | None = None

@@ -1,4 +1,4 @@
-"""The tables of the page: places by track, standings of a recipe, claims, records of a mechanism."""
+"""Tables of the page: places by track, standings of a recipe, claims, records of a mechanism."""
 
 from __future__ import annotations
 

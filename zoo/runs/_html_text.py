@@ -8,10 +8,11 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 # Text of our own pages; names in it come from records, so that no address becomes a link.
-_PAGE = MarkdownIt("commonmark", {"html": False}).disable(
+_PAGE = MarkdownIt("commonmark", {"html": False})
+_PAGE.enable("table").disable(
     ["image", "link", "autolink", "reference", "html_block", "html_inline"]
 )
-# A docstring is prose, lists, `names` and indented formulas; stars and underscores are formulas too.
+# A docstring is prose, lists, `names` and formulas, in which stars and underscores are themselves.
 _DOCSTRING = MarkdownIt("zero").enable(["list", "code", "backticks"])
 
 
@@ -19,7 +20,7 @@ def markdown(text: str) -> Markup:
     """Return a piece of one of our Markdown pages as HTML.
 
     Args:
-        text: Paragraphs and lists.
+        text: Headings, paragraphs, lists and tables.
     """
     return Markup(_PAGE.render(text))  # the renderer escapes all text
 

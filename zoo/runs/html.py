@@ -26,7 +26,7 @@ from zoo.errors import ZooError
 from zoo.registry import Entry
 from zoo.runs import _html_mechanisms as mechanisms
 from zoo.runs import _html_pictures as drawing
-from zoo.runs import claim_table, leaderboard, standings
+from zoo.runs import claim_table, efficiency, leaderboard, standings
 from zoo.runs._html_grid import Ids
 from zoo.runs._html_pictures import Picture
 from zoo.runs._html_tables import Tables, by_baseline
@@ -38,11 +38,18 @@ from zoo.runs.verdicts import OUTCOMES
 
 Draw = Callable[[Entry], Picture]
 
+_FIXED = (
+    *("top", "summary", "protocol", "efficiency", "claims", "mechanisms"),
+    *("controls", "query", "kind", "traits", "reset", "count"),
+)
+"""Ids of the template."""
+
 
 def render(
     records: Iterable[Record],
     claims: Sequence[Published] = (),
     now: Mapping[str, Current] | None = None,
+    measured: Mapping[str, Any] | None = None,
     draw: Draw | None = drawing.picture,
 ) -> str:
     """Return the page for a set of records.
@@ -51,20 +58,24 @@ def render(
         records: Records in any order; the same record twice counts once.
         claims: Claims with their verdicts, whose records stand in no other table.
         now: Recipes as they are now, by name.
+        measured: Measurements of `zoo bench`, by name.
         draw: Draws a mechanism; None leaves the pictures out.
 
     Raises:
         ZooError: Records of different budgets claim to belong into one table.
     """
     board = assemble(records, claims, now)
-    ids = Ids({"top", "summary", "protocol", "claims", "mechanisms", "controls", "count"})
+    ids = Ids(
+        {"top", "summary", "protocol", "claims", "mechanisms", "controls", "count", "efficiency"}
+    )
     specs = [row.attention for table in board.tables for row in table.rows]
     named = [name for spec in specs for _, name in mechanisms.parts(spec)]
     named += [name for one in claims for _, name in mechanisms.parts(one.verdict.claim.mechanism)]
     names = mechanisms.ordered(named)
     pictures = _pictures(names, draw)
     found = {name: mechanisms.describe(name, ids.new("m", name), pictures) for name in names}
-    return _page(board, found, Tables(found, ids), ids)
+    costs = markdown(efficiency.section(dict(measured))) if measured else Markup()
+    return _page(board, found, Tables(found, ids), ids, costs)
 
 
 def page(folder: str | Path) -> tuple[str, int]:
@@ -81,7 +92,9 @@ def page(folder: str | Path) -> tuple[str, int]:
     """
     records, claims = read_all(folder, recursive=True, without=FOLDER), published(folder)
     count = sum(len(runs) for one in claims for runs in one.verdict.ids.values())
-    return render(records, claims, current({r.recipe for r in records})), len(records) + count
+    now = current({record.recipe for record in records})
+    text = render(records, claims, now, efficiency.measurements(folder))
+    return text, len(records) + count
 
 
 def write(folder: str | Path, path: str | Path) -> tuple[Path, int]:
@@ -123,7 +136,11 @@ def _pictures(names: Iterable[str], draw: Draw | None) -> dict[str, Picture | st
 
 
 def _page(
-    board: Board, found: Mapping[str, mechanisms.Mechanism], tables: Tables, ids: Ids
+    board: Board,
+    found: Mapping[str, mechanisms.Mechanism],
+    tables: Tables,
+    ids: Ids,
+    costs: Markup,
 ) -> str:
     places = [
         {
@@ -173,6 +190,7 @@ def _page(
         places=places,
         tracks=tracks,
         ledger=ledger,
+        efficiency=costs,
         verdicts=[(o, outcomes[o]) for o in (*OUTCOMES, claim_table.STALE) if outcomes[o]],
         groups=groups,
         mechanisms=found,
