@@ -14,7 +14,7 @@ from zoo import registry
 from zoo.errors import ZooError
 from zoo.registry import Entry, Traits
 from zoo.runs._html_pictures import Picture
-from zoo.runs._html_text import arguments, docstring
+from zoo.runs._html_text import arguments, docstring, inline
 from zoo.spec import split
 
 GONE = "unregistered"
@@ -31,7 +31,7 @@ class Option:
 
     name: str
     default: str
-    about: str
+    about: Markup
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,16 @@ class Mechanism:
             return frozenset()
         held = asdict(self.entry.traits)
         return frozenset(name for name in TRAITS if held.get(name, held["mask"] == "any"))
+
+    @property
+    def summary(self) -> Markup:
+        """What it is, in one sentence."""
+        return inline("" if self.entry is None else self.entry.summary)
+
+    @property
+    def notes(self) -> Markup:
+        """Remarks of its registration."""
+        return inline("" if self.entry is None else self.entry.notes)
 
     @property
     def words(self) -> str:
@@ -148,7 +158,7 @@ def describe(name: str, id: str, pictures: Mapping[str, Picture | str | None]) -
     lead, rest = docstring((module and module.__doc__) or entry.cls.__doc__ or "")
     about = arguments(entry.cls.__doc__ or "")
     options = tuple(
-        Option(key, _default(item), about.get(key, "")) for key, item in entry.options.items()
+        Option(key, _default(item), inline(about.get(key, ""))) for key, item in entry.options.items()
     )
     drawn = pictures.get(name)
     if isinstance(drawn, str):

@@ -151,7 +151,7 @@ class Tables:
         Args:
             claims: The claims with their verdicts.
         """
-        titles = ("mechanism", "claim", "criterion", "figures", "verdict", "again")
+        titles = ("mechanism", "claim", "verdict", "criterion", "figures", "again")
         columns = [Column(title, title, number=False) for title in titles]
         made = []
         for one in claims:
@@ -161,19 +161,16 @@ class Tables:
             self.claims.setdefault(claim.mechanism, []).append((row, verdict.name, outcome))
             criterion = [coded(text) for text in claim.criterion]
             criterion += [Markup("requires {}").format(coded(text)) for text in claim.requires]
-            measured = [
-                Markup("{} {}").format(coded(v), ", ".join(claim_table.figure_texts(verdict, v)))
-                for v in verdict.ids
-            ]
+            measured = [_measured(v, claim_table.figure_texts(verdict, v)) for v in verdict.ids]
             said = Markup("{}: {} <small>({})</small>").format(
                 coded(verdict.name), claim.statement, claim.source
             )
             cells = [
                 self._name(claim.mechanism),
                 Cell(said, verdict.name),
+                Cell(lines([_badge(outcome), "" if one.stale else verdict.why]), outcome),
                 Cell(lines(criterion)),
                 Cell(lines(measured) or NONE),
-                Cell(lines([_badge(outcome), "" if one.stale else verdict.why]), outcome),
                 Cell(coded(f"zoo claims {verdict.name}")),
             ]
             made.append(self._line(row, claim.mechanism, cells, verdict.name, claim.statement))
@@ -205,7 +202,7 @@ class Tables:
     def _name(self, spec: str, role: str = "") -> Cell:
         """Return the cell of a specification, each part a link to its section."""
         links = [linked(self.mechanisms[name].id, coded(text)) for text, name in parts(spec)]
-        shown = Markup("+").join(links)
+        shown = Markup("+<wbr>").join(links)
         if role:
             shown = Markup("{} <small>{}</small>").format(shown, role)
         return Cell(shown, spec.lower())
@@ -276,6 +273,11 @@ def _badge(outcome: str | None) -> str | Markup:
     short = outcome.partition(":")[0]
     colour = {"win": "good", "reproduced": "good", "loss": "bad", "not reproduced": "bad"}
     return Markup('<span class="badge {}">{}</span>').format(colour.get(short, "even"), outcome)
+
+
+def _measured(variant: str, texts: Sequence[str]) -> Markup:
+    unbroken = [Markup('<span class="unbroken">{}</span>').format(text) for text in texts]
+    return Markup("{} {}").format(coded(variant), Markup(", ").join(unbroken))
 
 
 def _float(value: float | None) -> float | None:

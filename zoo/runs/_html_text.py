@@ -42,6 +42,15 @@ def docstring(text: str) -> tuple[Markup, Markup]:
     return Markup(render(tokens[:first], options, {})), Markup(render(tokens[first:], options, {}))
 
 
+def inline(text: str) -> Markup:
+    """Return a sentence of a docstring as HTML, with its `names` as code.
+
+    Args:
+        text: The sentence.
+    """
+    return Markup(_DOCSTRING.renderInline(text))
+
+
 def arguments(text: str) -> dict[str, str]:
     """Return the descriptions in the section ``Args:`` of a docstring by name.
 
