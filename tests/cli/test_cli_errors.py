@@ -26,7 +26,7 @@ COMMANDS = {
     "run": "recipe overrides resume records runs quiet resume_if_possible",
     "sweep": "recipe grid jobs records runs quiet",
     "claim": "name workers records runs verdict_only quiet",
-    "leaderboard": "page records output show html",
+    "leaderboard": "page records output figures show html",
     "sample": "run prompt tokens temperature top_k top_p seed runs",
     "show": "spec run recipe runs output length heads dim causal seed changes",
     "bench": "specs lengths dim heads batch shape host slots causal causal_baseline threads"

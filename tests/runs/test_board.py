@@ -64,7 +64,10 @@ def test_too_few_seeds_and_too_many_parameters_cost_the_place(make):
 
 def test_outcomes_follow_the_interval_and_the_direction(make):
     base = seeds(make, "mha", [0.5, 0.6, 0.7])
-    same = seeds(make, "cog", [0.6, 0.7, 0.8])
+    same = seeds(make, "cog", [0.6, 0.7, 0.81])
+    flat = seeds(make, "moba", [0.75, 0.85, 0.95])
+    base_of_flat = seeds(make, "mha", [0.5, 0.6, 0.7])
+    assert only([*base_of_flat, *flat])[1]["moba"].outcome == "tie"  # always 0.25: no width
     wide = seeds(make, "linear", [0.5, 0.9, 0.7])
     _, rows = only([*base, *same, *wide])
     found = {name: one.outcome for name, one in rows.items()}

@@ -327,7 +327,8 @@ def _standings(
 def _outcome(difference: Paired | None, sign: int) -> str | None:
     if difference is None or difference.excludes_zero is None:
         return None
-    if not difference.excludes_zero:
+    # Equal differences leave the interval no width: the test set cannot tell them finer.
+    if not difference.excludes_zero or difference.low == difference.high:
         return "tie"
     return "win" if sign * difference.mean < 0 else "loss"
 
