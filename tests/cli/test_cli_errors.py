@@ -27,7 +27,7 @@ COMMANDS = {
     "sweep": "recipe grid jobs ray records runs minutes quiet",
     "claims": "name workers records runs verdict_only quiet",
     "claim": "name workers records runs verdict_only quiet",
-    "leaderboard": "records output figures show",
+    "leaderboard": "page records output figures show html",
     "compare": "first second records json",
     "doctor": "json records page",
     "sample": "run prompt tokens temperature top_k top_p seed runs",
