@@ -27,7 +27,7 @@ COMMANDS = {
     "sweep": "recipe grid jobs records runs quiet",
     "claims": "name workers records runs verdict_only quiet",
     "claim": "name workers records runs verdict_only quiet",
-    "leaderboard": "records output show",
+    "leaderboard": "records output figures show",
     "compare": "first second records json",
     "doctor": "json records page",
     "sample": "run prompt tokens temperature top_k top_p seed runs",

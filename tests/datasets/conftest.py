@@ -22,6 +22,8 @@ SMALL = {
     "needle": {"seq_len": 20, "test_lengths": [40], "test_depths": [0.5]},
     "count_ones": {"seq_len": 12, "max_ones": 4, "test_lengths": [20]},
     "delete_and_copy": {"seq_len": 10, "items": 4},
+    "noisy_recall": {"vocab_size": 16, "seq_len": 20, "test_lengths": [30]},
+    "parity": {"seq_len": 16, "test_lengths": [24]},
 }
 
 

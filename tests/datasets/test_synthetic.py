@@ -123,6 +123,13 @@ def test_fingerprints_notice_every_parameter(task, small):
         "induction": [{"vocab_size": 17}, {"test_lengths": [25]}],
         "needle": [{"seq_len": 21}, {"test_lengths": [41]}, {"test_depths": [0.25]}],
         "count_ones": [{"seq_len": 13}, {"max_ones": 3}, {"test_lengths": [21]}],
+        "noisy_recall": [
+            {"vocab_size": 20},
+            {"noise": 0.5},
+            {"test_noise": [0.5]},
+            {"seq_len": 22},
+        ],
+        "parity": [{"seq_len": 17}, {"test_lengths": [25]}],
         "delete_and_copy": [{"seq_len": 11}, {"types": 3}, {"items": 5}],
     }[task]
     changes += [{}, {"val_size": 51}, {"test_size": 41}, {"train_size": 9}]

@@ -45,12 +45,13 @@ def test_a_row_has_everything(verdict):
         "`ours` loss 0.1500 ± 0.0707 (2), size 18.2k, time 12.3 ms"
         "<br>`base` loss 0.4000 ± 0.0000 (2), size 18.2k, time 12.3 ms",
         "**reproduced**: the criterion holds on 2 of 2 seeds",
+        "`zoo claims tiny`",
     ]
 
 
 def test_a_claim_that_was_changed_shows_no_verdict(verdict):
     text = section([Published(verdict, True)])
-    assert row(text)[-1] == STALE
+    assert row(text)[-2] == STALE
     assert "**reproduced**" not in text
     assert "\n1 stale.\n" in text
 

@@ -97,13 +97,13 @@ def test_a_table_without_softmax_says_so(make):
 
 def test_a_table_without_a_floor_says_so(make, three):
     assert "- **No floor**: this table has no run of `no_mixing`, `uniform_mean`" in render(three)
-    assert "- **No ceiling**: this table has no run of `gru`" in render(three)
+    assert "- **No recurrent layer**: this table has no run of `gru`" in render(three)
     fixed = [make(attention=name) for name in ("no_mixing", "uniform_mean", "gru")]
     page = render([*three, *fixed])
     assert "No floor" not in page
-    assert "No ceiling" not in page
+    assert "No recurrent layer" not in page
     assert "`uniform_mean` (floor)" in page
-    assert "`gru` (ceiling)" in page
+    assert "`gru` (recurrent)" in page
 
 
 @given(

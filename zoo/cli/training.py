@@ -158,6 +158,12 @@ def sweep(
 def leaderboard(
     records: Records = Path("data/runs"),
     output: Annotated[Path | None, typer.Option(help="The page; default leaderboard.md.")] = None,
+    figures: Annotated[
+        bool,
+        typer.Option(
+            "--figures", help="Make the folder of figures beside the records; it is kept up after."
+        ),
+    ] = False,
     show: Annotated[
         bool, typer.Option("--print", help="Print the page; it is written only with --output.")
     ] = False,
@@ -168,7 +174,7 @@ def leaderboard(
     if show:
         typer.echo(board.page(records)[0], nl=False)
     if output is not None or not show:
-        path, count = board.write(records, output or Path("leaderboard.md"))
+        path, count = board.write(records, output or Path("leaderboard.md"), figures=figures)
         notes().print(f"wrote {path} from {count} records", soft_wrap=True)
 
 

@@ -80,11 +80,14 @@ class SyntheticData(GeneratedData):
         """Return tokens (1, T)."""
         return (torch.zeros(1, self.seq_len, dtype=torch.int64),)
 
+    def arguments(self, split: str) -> dict[str, Any]:
+        """Return the parameters of a split."""
+        return {**self.parameters(), **self.variants().get(split, {})}
+
     def stream(self, split: str) -> Blocks:
         """Return the endless stream that a split is the beginning of."""
-        changed = self.variants().get(split, {})
         seed = self.seed if split == "train" else EVAL_SEED
-        function = partial(self.generate(), **{**self.parameters(), **changed})
+        function = partial(self.generate(), **self.arguments(split))
         return Blocks(partial(_columns, function), (self.name, self.version, seed, split), BLOCK)
 
     def eval_rows(self, split: str) -> int:

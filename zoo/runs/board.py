@@ -327,7 +327,8 @@ def _standings(
 def _outcome(difference: Paired | None, sign: int) -> str | None:
     if difference is None or difference.excludes_zero is None:
         return None
-    if not difference.excludes_zero:
+    # Equal differences leave the interval no width: the test set cannot tell them finer.
+    if not difference.excludes_zero or difference.low == difference.high:
         return "tie"
     return "win" if sign * difference.mean < 0 else "loss"
 
@@ -343,7 +344,9 @@ def _faults(
     if row.attempts < SEEDS:
         found.append(f"seeds: {row.attempts} of {SEEDS}")
     ours, theirs = row.median("parameters"), baseline and baseline.median("parameters")
-    if ours is not None and theirs and ours > track.size * theirs:
+    # Floors and ceilings are marks, of whatever size they are.
+    too_large = ours is not None and theirs and ours > track.size * theirs
+    if ours is not None and theirs and too_large and row.attention not in track.fixed:
         found.append(f"parameters: {ours / theirs:.2f} times the baseline's")
     return tuple(found)
 

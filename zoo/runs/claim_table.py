@@ -33,7 +33,7 @@ def section(found: Sequence[Published]) -> str:
     total = ", ".join(
         f"{counted[o]} {o.partition(':')[0]}" for o in (*OUTCOMES, STALE) if counted[o]
     )
-    header = ["mechanism", "claim", "criterion", "figures", "verdict"]
+    header = ["mechanism", "claim", "criterion", "figures", "verdict", "again by"]
     rows = [_row(one) for one in found]
     return f"## Claims\n\n{_RULE}\n{total}.\n\n{table(header, rows, left=len(header))}"
 
@@ -51,6 +51,7 @@ def _row(one: Published) -> list[str]:
         "<br>".join(criterion),
         "<br>".join(lines) or NONE,
         STALE if one.stale else f"**{verdict.outcome}**: {words(verdict.why)}",
+        code(f"zoo claims {verdict.name}"),
     ]
 
 

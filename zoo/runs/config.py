@@ -104,6 +104,23 @@ def claim(recipe: str | Path) -> Claim | None:
     return None if section is None else read_claim(section, f"recipe {path.name}: claim")
 
 
+def outline(recipe: str | Path) -> tuple[dict[str, Any], bool]:
+    """Read what a recipe's file says, unchecked, with its data set by its registered name.
+
+    Args:
+        recipe: Name of a recipe, or path of a YAML file.
+
+    Returns:
+        The content without the claim, and whether there is one.
+
+    Raises:
+        ZooError: There is no such recipe, or it is not readable.
+    """
+    plain, section = _plain(_find(recipe), {})
+    plain["data"] = {**plain["data"], "name": _data(str(plain["data"]["name"]))["name"]}
+    return plain, section is not None
+
+
 def resolved_claim(recipe: str | Path) -> tuple[Claim, dict[str, Resolved]]:
     """Read the claim of a recipe and resolve its variants.
 

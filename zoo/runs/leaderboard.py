@@ -7,15 +7,21 @@ whether a page on disk is still the one that its records give.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from zoo.errors import ZooError
-from zoo.runs import claim_table, standings, stats
+from zoo.runs import claim_table, efficiency, standings, stats
 from zoo.runs.board import OUTCOMES, SEEDS, Board, Current, TrackBoard, assemble, current
 from zoo.runs.claims import FOLDER, Published, published
+from zoo.runs.figures import FOLDER as FIGURES
+from zoo.runs.figures import KINDS, Picture, pictures
+from zoo.runs.figures import write as draw
 from zoo.runs.markdown import NONE, code, table, words
-from zoo.runs.records import Record, read_all, replace_text
+from zoo.runs.records import Record, RecordWarning, read_all, replace_text
 
 COMMAND = "zoo leaderboard"
 
@@ -37,12 +43,13 @@ Made from the run records alone; `{COMMAND}` makes it again, byte for byte.
   of seeds. One seed has no deviation. Seed 0, at which the rate was chosen, is among them.
 - **Paired comparison.** "vs" is the mean difference to the baseline of the track over the shared
   seeds with its 95 % Student t interval, each row for itself. *Win* and *loss* are intervals that
-  exclude zero, everything else is a *tie*. With {SEEDS} seeds the intervals are wide, and with many
-  rows some exclude zero by chance.
+  exclude zero, everything else is a *tie*, as is an interval without width. With {SEEDS} seeds the
+  intervals are wide, and with many rows some exclude zero by chance.
 - **Solved or not.** Where a task has a threshold, the number of seeds that reached it stands beside
   the mean, since such figures are bimodal.
 - **Floors and ceilings.** Every table has its baseline, its floors (what the host reaches without
-  the mechanism) and, where there is one, a ceiling (`gru`: what a recurrent layer reaches).
+  the mechanism) and, on sequences, `gru`: what a recurrent layer reaches, which is the ceiling
+  where a state is all that a task needs.
 - **Failures count.** A run that diverged (nan) or failed (out of memory, out of time) has no
   figure: it shows in the brackets as in "2 of 3", counts as unsolved, and is listed.
 - **Size.** A row with more parameters than its track allows is shown without a place, as is one
@@ -58,7 +65,8 @@ def render(
     records: Iterable[Record],
     claims: Sequence[Published] = (),
     now: Mapping[str, Current] | None = None,
-    figures: Sequence[tuple[str, str]] = (),
+    figures: Mapping[str, tuple[str, str]] | None = None,
+    measured: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the page for a set of records.
 
@@ -66,7 +74,8 @@ def render(
         records: Records in any order; the same record twice counts once.
         claims: Claims with their verdicts, whose records stand in no other table.
         now: Recipes as they are now, by name.
-        figures: Caption and address of each picture.
+        figures: Caption and address of each picture, by the name of its file.
+        measured: Measurements of `zoo bench`, by name.
 
     Raises:
         ZooError: Records of different budgets claim to belong into one table.
@@ -75,20 +84,29 @@ def render(
     stated = [claim_table.section(claims)] if claims else []
     if not board.tracks:
         return "\n".join([_PROTOCOL, *(stated or ["There are no records yet.\n"])])
-    parts = [_PROTOCOL, "## Summary\n", *_summary(board), *_pictures(figures), *stated]
+    links = dict(figures or {})
+    overall = [links[name] for name in links if name == "places.svg" or name.endswith("growth.svg")]
+    parts = [_PROTOCOL, "## Summary\n", *_summary(board), *_images(overall), *stated]
     for track in board.tracks:
         parts.append(_heading(track))
-        parts += [standings.section(table, track.track) for table in track.tables]
+        for one in track.tables:
+            parts.append(standings.section(one, track.track))
+            own = [f"{one.key.recipe}_{kind}.svg" for kind in KINDS if not one.stale]
+            parts += _images([links[name] for name in own if name in links])
+    if measured:
+        parts.append(efficiency.section(dict(measured)))
     return "\n".join(parts)
 
 
-def page(folder: str | Path) -> tuple[str, int]:
+def page(folder: str | Path, beside: str | Path | None = None) -> tuple[str, int]:
     """Render the records of a folder and of the folders in it.
 
     The records of claims, in the folder `claims` inside it, stand in a section of their own.
 
     Args:
         folder: Folder of the records.
+        beside: Folder of the page; its links to figures, if they are published beside the records,
+            start from there. Without it there are none.
 
     Returns:
         The page and the number of records read.
@@ -96,18 +114,50 @@ def page(folder: str | Path) -> tuple[str, int]:
     Raises:
         ZooError: There is no such folder, or a verdict is not what its records give.
     """
+    return _page(_read(folder), beside)
+
+
+class _Content(NamedTuple):
+    """What is published: records, claims, recipes as they are now, measurements, figures."""
+
+    records: list[Record]
+    claims: list[Published]
+    now: dict[str, Current]
+    measured: dict[str, Any]
+    drawings: Path
+
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        """The figures, by their names."""
+        return pictures(assemble(self.records, self.claims, self.now), self.measured)
+
+
+def _read(folder: str | Path) -> _Content:
     records, claims = read_all(folder, recursive=True, without=FOLDER), published(folder)
-    count = sum(len(ids) for one in claims for ids in one.verdict.ids.values())
     now = current({record.recipe for record in records})
-    return render(records, claims, now), len(records) + count
+    drawings = Path(folder).resolve().parent / FIGURES
+    return _Content(records, claims, now, efficiency.measurements(folder), drawings)
 
 
-def write(folder: str | Path, path: str | Path) -> tuple[Path, int]:
+def _page(found: _Content, beside: str | Path | None) -> tuple[str, int]:
+    links: dict[str, tuple[str, str]] = {}
+    if beside is not None and found.drawings.is_dir():
+        start = Path(os.path.relpath(found.drawings, Path(beside).resolve())).as_posix()
+        links = {name: (one.caption, f"{start}/{name}") for name, one in found.pictures.items()}
+    text = render(found.records, found.claims, found.now, links, found.measured)
+    claimed = sum(len(ids) for one in found.claims for ids in one.verdict.ids.values())
+    return text, len(found.records) + claimed
+
+
+def write(folder: str | Path, path: str | Path, *, figures: bool = False) -> tuple[Path, int]:
     """Render the records of a folder, and of the folders in it, to a file in one step.
+
+    Figures are drawn anew in the folder `figures` beside the records, if there is one.
 
     Args:
         folder: Folder of the records.
         path: The page.
+        figures: Whether to make the folder of figures.
 
     Returns:
         The path and the number of records read.
@@ -116,7 +166,13 @@ def write(folder: str | Path, path: str | Path) -> tuple[Path, int]:
         ZooError: There is no such folder, a verdict is not what its records give, or the page
             cannot be written.
     """
-    text, count = page(folder)
+    found = _read(folder)
+    if figures or found.drawings.is_dir():
+        others = draw(found.pictures, found.drawings)
+        if others:
+            names = ", ".join(others)
+            warnings.warn(f"{found.drawings} has figures of no record: {names}", RecordWarning, 2)
+    text, count = _page(found, Path(path).parent)
     return replace_text(path, text), count
 
 
@@ -137,7 +193,7 @@ def verify(path: str | Path, folder: str | Path) -> str:
         found = Path(path).read_bytes()
     except OSError as error:
         raise ZooError(f"cannot read the leaderboard {path}: {error.strerror or error}") from None
-    wanted = page(folder)[0].encode()
+    wanted = page(folder, Path(path).parent)[0].encode()
     if found == wanted:
         return ""
     pairs = zip(found.split(b"\n"), wanted.split(b"\n"), strict=False)
@@ -153,15 +209,20 @@ def _heading(track: TrackBoard) -> str:
     return (
         f"## Track: {words(track.track.title)}\n\n{about}Baseline: {code(track.track.baseline)}"
         + (f"; floors: {fixed}" if fixed else "")
-        + (f"; ceiling: {code(track.track.ceiling)}" if track.track.ceiling else "")
+        + (f"; recurrent: {code(track.track.ceiling)}" if track.track.ceiling else "")
         + f"; parameters: at most {track.track.size:g} times the baseline's.\n"
     )
 
 
-def _pictures(figures: Sequence[tuple[str, str]]) -> list[str]:
-    if not figures:
+def _images(found: Sequence[tuple[str, str]]) -> list[str]:
+    """Show the first picture and link the others."""
+    if not found:
         return []
-    return ["## Figures\n", *(f"![{words(caption)}]({path})\n" for caption, path in figures)]
+    (caption, path), *others = found
+    parts = [f"![{words(caption)}]({path})\n"]
+    if others:
+        parts.append("; ".join(f"[{words(text)}]({address})" for text, address in others) + "\n")
+    return parts
 
 
 def _summary(board: Board) -> list[str]:

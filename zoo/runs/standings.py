@@ -112,9 +112,9 @@ def _row_name(row: Row, track: Track) -> str:
     """Return a specification, with its part in the track if it has one."""
     parts = {track.baseline: "baseline", **dict.fromkeys(track.floors, "floor")}
     if track.ceiling is not None:
-        parts[track.ceiling] = "ceiling"
+        parts[track.ceiling] = "recurrent"
     part = parts.get(row.attention)
-    return code(row.attention) + (f" ({part})" if part in ("floor", "ceiling") else "")
+    return code(row.attention) + (f" ({part})" if part in ("floor", "recurrent") else "")
 
 
 def _difference(one: Standing, baseline: Row | None) -> list[str]:
@@ -151,7 +151,7 @@ def _notes(board: TableBoard, track: Track) -> str:
         )
     held = {row.attention for row in rows if row.values}
     ceilings = () if track.ceiling is None else (track.ceiling,)
-    for part, wanted in (("floor", track.floors), ("ceiling", ceilings)):
+    for part, wanted in (("floor", track.floors), ("recurrent layer", ceilings)):
         gone = [name for name in wanted if name not in held and not _absent(board, name)]
         if gone:
             shown = _distinct(map(code, gone))

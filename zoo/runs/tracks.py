@@ -129,19 +129,16 @@ def needs(recipe: str) -> str:
     Args:
         recipe: Name of a recipe.
     """
-    config = configs.load(recipe)
-    if config.budget.needs == "gpu" and not torch.cuda.is_available():
+    plain, _ = configs.outline(recipe)
+    if plain.get("budget", {}).get("needs") == "gpu" and not torch.cuda.is_available():
         return "a GPU"
-    return datasets.info(config.data.name).needs
+    return datasets.info(plain["data"]["name"]).needs
 
 
 @functools.cache
 def _recipes() -> list[tuple[str, str]]:
-    found = []
-    for name in configs.recipes():
-        if configs.claim(name) is None:
-            found.append((name, str(configs.load(name).track)))
-    return found
+    outlines = [(name, *configs.outline(name)) for name in configs.recipes()]
+    return [(name, str(plain["track"])) for name, plain, claims in outlines if not claims]
 
 
 def contenders(recipe: str | DictConfig) -> list[Contender]:
