@@ -158,7 +158,8 @@ def describe(name: str, id: str, pictures: Mapping[str, Picture | str | None]) -
     lead, rest = docstring((module and module.__doc__) or entry.cls.__doc__ or "")
     about = arguments(entry.cls.__doc__ or "")
     options = tuple(
-        Option(key, _default(item), inline(about.get(key, ""))) for key, item in entry.options.items()
+        Option(key, _default(item), inline(about.get(key, "")))
+        for key, item in entry.options.items()
     )
     drawn = pictures.get(name)
     if isinstance(drawn, str):
