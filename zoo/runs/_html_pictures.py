@@ -19,12 +19,10 @@ class Picture:
     """A picture inside the page.
 
     Args:
-        spec: Specification of what is shown.
         caption: What it shows.
-        address: The PNG as a data address.
+        address: The picture as a data address.
     """
 
-    spec: str
     caption: str
     address: str
 
@@ -72,8 +70,21 @@ def picture(entry: Entry) -> Picture:
             caption = f"What {spec}, untrained, makes of random features of a photograph."
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
-    coded = base64.b64encode(file.getvalue()).decode("ascii")
-    return Picture(spec, caption, f"data:image/png;base64,{coded}")
+    return Picture(caption, _address("png", file.getvalue()))
+
+
+def figure(caption: str, svg: str) -> Picture:
+    """Return a figure of the leaderboard as a picture inside the page.
+
+    Args:
+        caption: What it shows.
+        svg: The figure.
+    """
+    return Picture(caption, _address("svg+xml", svg.encode()))
+
+
+def _address(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _form(entry: Entry) -> str:

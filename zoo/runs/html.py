@@ -26,12 +26,12 @@ from zoo.errors import ZooError
 from zoo.registry import Entry
 from zoo.runs import _html_mechanisms as mechanisms
 from zoo.runs import _html_pictures as drawing
-from zoo.runs import claim_table, efficiency, leaderboard, standings
+from zoo.runs import claim_table, efficiency, figures, leaderboard, standings
 from zoo.runs._html_grid import Ids
 from zoo.runs._html_pictures import Picture
 from zoo.runs._html_tables import Tables, by_baseline
 from zoo.runs._html_text import markdown
-from zoo.runs.board import Board, Current, assemble, current
+from zoo.runs.board import Board, Current, TableBoard, assemble, current
 from zoo.runs.claims import FOLDER, Published, published
 from zoo.runs.records import Record, read_all, replace_text
 from zoo.runs.verdicts import OUTCOMES
@@ -59,7 +59,7 @@ def render(
         claims: Claims with their verdicts, whose records stand in no other table.
         now: Recipes as they are now, by name.
         measured: Measurements of `zoo bench`, by name.
-        draw: Draws a mechanism; None leaves the pictures out.
+        draw: Draws a mechanism; None leaves all pictures out, those of the records too.
 
     Raises:
         ZooError: Records of different budgets claim to belong into one table.
@@ -75,7 +75,9 @@ def render(
     pictures = _pictures(names, draw)
     found = {name: mechanisms.describe(name, ids.new("m", name), pictures) for name in names}
     costs = markdown(efficiency.section(dict(measured))) if measured else Markup()
-    return _page(board, found, Tables(found, ids), ids, costs)
+    drawn = {} if draw is None else figures.pictures(board, measured)
+    shown = {name: drawing.figure(one.caption, one.svg()) for name, one in drawn.items()}
+    return _page(board, found, Tables(found, ids), ids, costs, shown)
 
 
 def page(folder: str | Path) -> tuple[str, int]:
@@ -141,6 +143,7 @@ def _page(
     tables: Tables,
     ids: Ids,
     costs: Markup,
+    shown: Mapping[str, Picture],
 ) -> str:
     places = [
         {
@@ -160,6 +163,7 @@ def _page(
                     "grid": tables.standings(table, one.track),
                     "about": markdown(standings.about(table)),
                     "notes": markdown(standings.remarks(table, one.track)),
+                    "figures": _figures_of(table, shown),
                 }
                 for table in one.tables
             ],
@@ -191,6 +195,8 @@ def _page(
         tracks=tracks,
         ledger=ledger,
         efficiency=costs,
+        overall=[shown[name] for name in shown if name == "places.svg"],
+        growth=[shown[name] for name in shown if name.endswith("growth.svg")],
         verdicts=[(o, outcomes[o]) for o in (*OUTCOMES, claim_table.STALE) if outcomes[o]],
         groups=groups,
         mechanisms=found,
@@ -198,6 +204,11 @@ def _page(
         claims=tables.claims,
         counts=_counts(board, found, tables, len(runs), len(claimed)),
     )
+
+
+def _figures_of(table: TableBoard, shown: Mapping[str, Picture]) -> list[Picture]:
+    names = [f"{table.key.recipe}_{kind}.svg" for kind in figures.KINDS if not table.stale]
+    return [shown[name] for name in names if name in shown]
 
 
 def _counts(
