@@ -7,6 +7,7 @@ setup(
     package_dir={"zoo._recipes": "recipes", "zoo._data": "data"},
     package_data={
         "zoo": ["py.typed"],
+        "zoo.runs": ["_html/*"],
         "zoo._recipes": ["**/*.yaml"],
         "zoo._data": ["**/*.yaml", "runs/**/*.json"],
     },

@@ -25,8 +25,11 @@ COMMANDS = {
     "info": "name json",
     "run": "recipe overrides resume records runs quiet resume_if_possible",
     "sweep": "recipe grid jobs ray records runs minutes quiet",
+    "claims": "name workers records runs verdict_only quiet",
     "claim": "name workers records runs verdict_only quiet",
-    "leaderboard": "records output figures show",
+    "leaderboard": "page records output figures show html",
+    "compare": "first second records json",
+    "doctor": "json records page",
     "sample": "run prompt tokens temperature top_k top_p seed runs",
     "show": "spec run recipe runs output length heads dim causal seed changes",
     "bench": "specs lengths dim heads batch shape host slots causal causal_baseline threads"
@@ -60,6 +63,13 @@ def test_without_a_command_there_is_help(zoo_cli: Call) -> None:
     result = zoo_cli()
     assert result.exit_code == 2
     assert "Commands:" in result.output
+
+
+def test_an_alias_is_not_shown(zoo_cli: Call) -> None:
+    shown = [line.split()[0] for line in zoo_cli("--help").stdout.splitlines() if line.strip()]
+    assert "claims" in shown
+    assert "claim" not in shown
+    assert "'claim'" not in zoo_cli("clai").stderr
 
 
 def test_a_process_says_one_line(process: Process) -> None:

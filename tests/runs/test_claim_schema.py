@@ -27,7 +27,7 @@ def test_a_claim_is_read_as_it_is_written(tmp_path):
 
 def test_a_recipe_without_a_claim():
     assert claim("mqar") is None
-    with pytest.raises(ZooError, match="recipe 'mqar' states no claim; 'zoo claim' lists"):
+    with pytest.raises(ZooError, match="recipe 'mqar' states no claim; 'zoo claims' lists"):
         resolved_claim("mqar")
 
 

@@ -173,7 +173,7 @@ def test_the_leaderboard_has_a_section_of_claims(make, plan, example, folder, tm
     ordinary = leaderboard.render([make()])
     assert "Claims" not in ordinary
     plan()
-    with pytest.warns(RecordWarning, match="tiny_claim has no verdict; 'zoo claim tiny_claim'"):
+    with pytest.warns(RecordWarning, match="tiny_claim has no verdict; 'zoo claims tiny_claim'"):
         text, count = leaderboard.page(tmp_path / "records")
     assert (text, count) == (ordinary, 1)
     conclude(find(example), folder)

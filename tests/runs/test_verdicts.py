@@ -200,7 +200,7 @@ def test_a_verdict_that_is_not_what_its_records_give_is_refused(outcome, make, t
     replace_text(path, text)
     read(tmp_path)
     outcome(ours=(0.1, 0.1, 0.2))
-    with pytest.raises(ZooError, match="'zoo claim tiny --verdict-only' makes it again"):
+    with pytest.raises(ZooError, match="'zoo claims tiny --verdict-only' makes it again"):
         read(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `zoo list`, `info`, `run`, `sweep`, `claim`, `leaderboard`, `show` ...
+"""The command line: `zoo list`, `info`, `run`, `sweep`, `claims`, `leaderboard`, `compare` ...
 
 A command imports what it needs when it is called, so that `zoo list` is quick.
 """
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli import browse, claims, cluster, kernels, measure, training
+from zoo.cli import browse, claims, cluster, compare, doctor, kernels, measure, training
 from zoo.cli.errors import Commands, guarded
 
 app = typer.Typer(
@@ -47,14 +47,15 @@ def _common(
 
 
 for _command in (
-    *(browse.list_, browse.info, training.run, training.sweep, claims.claim),
-    *(training.leaderboard, training.sample, measure.show, measure.bench),
-    kernels.kernels,
+    *(browse.list_, browse.info, training.run, training.sweep, claims.claims),
+    *(training.leaderboard, compare.compare, training.sample, measure.show, measure.bench),
+    *(kernels.kernels, doctor.doctor),
 ):
     app.command(
         name=_command.__name__.strip("_"),
         cls=cluster.RayCommand if _command is training.sweep else None,
     )(_command)
+app.command(name="claim", hidden=True)(claims.claims)  # its former name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

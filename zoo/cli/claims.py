@@ -1,11 +1,15 @@
-"""`zoo claim`: train what a paper's claim needs, and say whether it was reproduced."""
+"""`zoo claims`: list the papers' claims, train what one needs, and say whether it holds here."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
 
 from zoo.cli.output import console, notes, table
 from zoo.errors import ZooError
@@ -15,22 +19,26 @@ if TYPE_CHECKING:
     from zoo.runs.claims import Found
     from zoo.runs.verdicts import Verdict
 
+RECORDS = Path("runs/records/claims")
+WIDE = 120
+"""Columns from which on a terminal has room for statements in a table."""
 
-def claim(
+
+def claims(
     name: Annotated[
         str | None, typer.Argument(help="Name or YAML file of the claim; all are listed without.")
     ] = None,
     workers: Annotated[int, typer.Option("--workers", "--jobs", help="Runs at once.")] = 1,
     records: Annotated[
         Path, typer.Option(help="Folder with a folder of records for each claim.")
-    ] = Path("runs/records/claims"),
+    ] = RECORDS,
     runs: Annotated[Path, typer.Option(help="Folder of the run folders.")] = Path("runs"),
     verdict_only: Annotated[
         bool, typer.Option("--verdict-only", help="Train nothing; judge the records there are.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Train every variant of a claim that has no record yet, and judge the claim."""
+    """List the claims of papers, or train what one of them lacks and judge it."""
     from zoo.runs import claims
 
     if name is None:
@@ -42,6 +50,7 @@ def claim(
     folder = records / found.name
     claims.refuse_changed(found, folder)
     _introduce(found, folder)
+    _recall(found.name, folder)
     failed = 0
     if not verdict_only and not _out_of_reach(found.claim):
         result = claims.carry_out(found, folder, runs=runs, jobs=workers, progress=not quiet)
@@ -50,6 +59,7 @@ def claim(
         if result.pending:
             raise typer.Exit(failed)
     _conclude(claims.conclude(found, folder), folder)
+    _offer(found)
     if failed:
         raise typer.Exit(failed)
 
@@ -61,24 +71,76 @@ def _out_of_reach(stated: Claim) -> bool:
     return stated.needs == "gpu" and not torch.cuda.is_available()
 
 
+def _published() -> Path:
+    """Return the folder of the claims whose verdicts ship with the library."""
+    from zoo.resources import folder
+    from zoo.runs.claims import FOLDER
+
+    return folder("data") / "runs" / FOLDER
+
+
 def _list(records: Path) -> None:
-    """Show every claim that ships, with its verdict if there is one."""
+    """Show every claim that ships, with its verdict: one of this place, else the published one."""
     from zoo.runs import claims, config, verdicts
 
-    rows = []
+    rows, origins = [], set()
     for name in claims.names():
         stated = config.claim(name)
         if stated is None:
             raise ZooError(f"recipe {name!r} stands among the claims but states none")
-        judged = verdicts.stated(records / name)
+        judged, origin = verdicts.stated(records / name), "here"
+        if judged is None and records == RECORDS:
+            judged, origin = verdicts.stated(_published() / name), "published"
         outcome = "" if judged is None else judged.outcome
         if judged is not None and judged.hash != stated.hash:
             outcome = f"stale ({outcome})"
-        rows.append([name, stated.mechanism, outcome, stated.statement])
+        origin = origin if outcome else ""
+        origins.add(origin)
+        rows.append([name, stated.mechanism, outcome, origin, stated.statement])
     if not rows:
         notes().print("no claims ship with this installation", soft_wrap=True)
         return
-    console().print(table("claim", "mechanism", "verdict", "statement", rows=rows))
+    _print(console(), rows)
+    texts = {
+        "here": f"here: judged in {records}",
+        "published": "published: judged in data/runs/claims, which ships with the library; "
+        "'zoo claims NAME --jobs 2' runs one again in a folder of its own",
+        "": "without a verdict: 'zoo claims NAME --jobs 2' makes one",
+    }
+    for origin, text in texts.items():
+        if origin in origins:
+            notes().print(text, markup=False, soft_wrap=True)
+
+
+def _print(out: Console, rows: list[list[str]]) -> None:
+    """Print claims as a table; on a narrow terminal, statements under their names."""
+    if not sys.stdout.isatty() or out.width >= WIDE:
+        out.print(table("claim", "mechanism", "verdict", "from", "statement", rows=rows))
+        return
+    for name, mechanism, outcome, origin, statement in rows:
+        judged = ": ".join(word for word in (origin, outcome) if word)
+        out.print(Text.assemble((name, "bold"), f" ({mechanism}) {judged}"), soft_wrap=True)
+        out.print(Padding(Text(statement), (0, 0, 0, 2)))
+
+
+def _recall(name: str, folder: Path) -> None:
+    """Say what was published of a claim, where its records are to be made elsewhere."""
+    from zoo.runs import verdicts
+
+    published = _published() / name
+    before = verdicts.stated(published)
+    if before is not None and published.resolve() != folder.resolve():
+        text = f"published verdict: {before.outcome} (data/runs/claims/{name})"
+        console().print(text, markup=False, soft_wrap=True)
+
+
+def _offer(found: Found) -> None:
+    """Say how to run a claim anew although it has its records."""
+    text = (
+        f"to run it anew: zoo claims {found.recipe} --jobs 2 --records runs/anew/claims "
+        "--runs runs/anew"
+    )
+    notes().print(text, markup=False, soft_wrap=True)
 
 
 def _introduce(found: Found, folder: Path) -> None:

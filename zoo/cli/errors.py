@@ -43,7 +43,8 @@ class Commands(TyperGroup):
             ZooError: No such command.
         """
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
-            raise unknown("command", args[0], self.list_commands(ctx))
+            shown = [name for name, command in self.commands.items() if not command.hidden]
+            raise unknown("command", args[0], shown)
         return super().resolve_command(ctx, args)
 
     def main(

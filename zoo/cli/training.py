@@ -172,6 +172,9 @@ def sweep(
 
 
 def leaderboard(
+    page: Annotated[
+        Path | None, typer.Argument(help="The HTML page, with --html; default leaderboard.html.")
+    ] = None,
     records: Records = Path("data/runs"),
     output: Annotated[Path | None, typer.Option(help="The page; default leaderboard.md.")] = None,
     figures: Annotated[
@@ -183,13 +186,23 @@ def leaderboard(
     show: Annotated[
         bool, typer.Option("--print", help="Print the page; it is written only with --output.")
     ] = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="Write one self-contained HTML page, PAGE, instead.")
+    ] = False,
 ) -> None:
     """Make the leaderboard from the records alone."""
     from zoo.runs import leaderboard as board
 
+    if page is not None and not html:
+        raise ZooError(f"page={str(page)!r} belongs to --html; --output names the Markdown page")
+    if html:
+        from zoo.runs import html as pages
+
+        path, count = pages.write(records, page or Path("leaderboard.html"))
+        notes().print(f"wrote {path} from {count} records", soft_wrap=True)
     if show:
         typer.echo(board.page(records)[0], nl=False)
-    if output is not None or not show:
+    if output is not None or not (show or html):
         path, count = board.write(records, output or Path("leaderboard.md"), figures=figures)
         notes().print(f"wrote {path} from {count} records", soft_wrap=True)
 

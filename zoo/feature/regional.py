@@ -103,6 +103,7 @@ def regional_attention_reference(
 @register(
     "regional",
     kind="feature",
+    contender="regional(kernel=3, dilation=1)",
     paper=Paper("Regional Attention for Shadow Removal", 2024, "2411.14201"),
     traits=Traits(cost="H * W * kernel ** 2 * C"),
     taxonomy=Taxonomy(

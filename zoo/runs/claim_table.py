@@ -13,7 +13,7 @@ from zoo.runs.verdicts import OUTCOMES, Verdict
 
 STALE = "stale: the claim was changed after this verdict"
 
-_RULE = """\
+RULE = """\
 Each claim is a paper's headline result with a criterion fixed before the verdict; `zoo claims NAME`
 trains its variants and judges it. The criterion is evaluated on each seed with the figures of all
 variants at that seed: *reproduced* if it holds on every seed, *not reproduced* if on none, else
@@ -35,7 +35,7 @@ def section(found: Sequence[Published]) -> str:
     )
     header = ["mechanism", "claim", "criterion", "figures", "verdict", "again by"]
     rows = [_row(one) for one in found]
-    return f"## Claims\n\n{_RULE}\n{total}.\n\n{table(header, rows, left=len(header))}"
+    return f"## Claims\n\n{RULE}\n{total}.\n\n{table(header, rows, left=len(header))}"
 
 
 def _row(one: Published) -> list[str]:

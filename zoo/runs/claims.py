@@ -176,7 +176,7 @@ def published(records: str | Path) -> list[Published]:
     found = []
     for path in sorted(p for p in (Path(records) / FOLDER).glob("*") if p.is_dir()):
         if verdicts.stated(path) is None:
-            warnings.warn(f"{path} has no verdict; 'zoo claim {path.name}'", RecordWarning, 2)
+            warnings.warn(f"{path} has no verdict; 'zoo claims {path.name}'", RecordWarning, 2)
             continue
         verdict = verdicts.read(path)
         found.append(Published(verdict, is_stale(verdict.name, verdict.claim)))

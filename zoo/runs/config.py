@@ -136,7 +136,7 @@ def resolved_claim(recipe: str | Path) -> tuple[Claim, dict[str, Resolved]]:
     path = _find(recipe)
     found = claim(path)
     if found is None:
-        raise ZooError(f"recipe {str(recipe)!r} states no claim; 'zoo claim' lists those that do")
+        raise ZooError(f"recipe {str(recipe)!r} states no claim; 'zoo claims' lists those that do")
 
     def resolve(overrides: Sequence[str]) -> Resolved:
         config = load(path, overrides)

@@ -25,7 +25,7 @@ from zoo.runs.records import Record, RecordWarning, read_all, replace_text
 
 COMMAND = "zoo leaderboard"
 
-_PROTOCOL = f"""\
+PROTOCOL = f"""\
 # Leaderboard
 
 Made from the run records alone; `{COMMAND}` makes it again, byte for byte.
@@ -83,10 +83,10 @@ def render(
     board = assemble(records, claims, now)
     stated = [claim_table.section(claims)] if claims else []
     if not board.tracks:
-        return "\n".join([_PROTOCOL, *(stated or ["There are no records yet.\n"])])
+        return "\n".join([PROTOCOL, *(stated or ["There are no records yet.\n"])])
     links = dict(figures or {})
     overall = [links[name] for name in links if name == "places.svg" or name.endswith("growth.svg")]
-    parts = [_PROTOCOL, "## Summary\n", *_summary(board), *_images(overall), *stated]
+    parts = [PROTOCOL, "## Summary\n", *_summary(board), *_images(overall), *stated]
     for track in board.tracks:
         parts.append(_heading(track))
         for one in track.tables:

@@ -104,7 +104,7 @@ class Nursery:
 
     def __init__(self) -> None:
         self._server: subprocess.Popen[bytes] | None = None
-        self._line = socket.socket()
+        self._line: socket.socket | None = None
         self._held = b""
         self._codes: dict[int, int] = {}
 
@@ -116,6 +116,7 @@ class Nursery:
             self._open(environment)
         request = {"arguments": list(arguments), "environment": dict(environment)}
         try:
+            assert self._line is not None
             socket.send_fds(self._line, [json.dumps(request).encode() + b"\n"], [log.fileno()])
             while (message := self._receive(wait=True)) and "pid" not in message:
                 self._codes[message["ended"]] = message["code"]
@@ -153,13 +154,16 @@ class Nursery:
                 pass_fds=[theirs.fileno()],
                 process_group=0,  # an interrupt from the keyboard is the sweep's to pass on
             )
-        self._line.close()
+        if self._line is not None:
+            self._line.close()
         self._line, self._held = ours, b""
 
     def _leave(self) -> str:
         """Hang up, at which the server ends; return how it ended."""
         assert self._server is not None
-        self._line.close()
+        if self._line is not None:
+            self._line.close()
+            self._line = None
         try:
             return f"exit code {self._server.wait(10)}"
         except subprocess.TimeoutExpired:
@@ -170,6 +174,8 @@ class Nursery:
 
     def _receive(self, *, wait: bool) -> dict[str, int] | None:
         """Return the next message of the server; None without one, or at its end."""
+        if self._line is None:
+            return None
         while b"\n" not in self._held:
             try:
                 more = self._line.recv(65536, 0 if wait else socket.MSG_DONTWAIT)

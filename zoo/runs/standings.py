@@ -22,7 +22,8 @@ def section(board: TableBoard, track: Track) -> str:
         board: The table.
         track: Its track.
     """
-    return "\n".join([_introduction(board), _standings(board, track), _notes(board, track)])
+    title = f"### {code(board.key.recipe)}, group {code(board.key.group[:DIGITS])}\n"
+    return "\n".join([title, about(board), _standings(board, track), remarks(board, track)])
 
 
 def spread(found: Spread | None, attempts: int) -> str:
@@ -46,7 +47,12 @@ def arrow(key: Table) -> str:
     return "↑" if key.mode == "max" else "↓"
 
 
-def _introduction(board: TableBoard) -> str:
+def about(board: TableBoard) -> str:
+    """Return what a table reports and what its runs had in common.
+
+    Args:
+        board: The table.
+    """
     key = board.key
     better = "higher" if key.mode == "max" else "lower"
     text = f"{code(key.report)}, {better} is better; chosen by {code(key.select)}"
@@ -62,12 +68,12 @@ def _introduction(board: TableBoard) -> str:
         text += f"\n**Stale**: the recipe was changed since. It was: {listed or 'another'}.\n"
     elif listed:
         text += f"\nUnlike other groups of this recipe: {listed}.\n"
-    return f"### {code(key.recipe)}, group {code(key.group[:DIGITS])}\n\n{text}"
+    return text
 
 
 def _standings(board: TableBoard, track: Track) -> str:
     key = board.key
-    extra = [name for name in sorted({n for row in board.rows for n in row.extra}) if _own(name)]
+    extra = extra_figures(board)
     marks = any(one.faults for one in board.standings)
     header = ["rank", "attention", f"{code(key.report)} {arrow(key)}"]
     header += ["solved"] * (key.solved is not None)
@@ -92,16 +98,21 @@ def _standings(board: TableBoard, track: Track) -> str:
             size(row.median("peak_memory_bytes")),
             _distinct("on" if run.conv else "off" for run in row.runs),
             str(len(row.runs)),
-            _failures(row),
+            failures(row),
         ]
         cells += ["; ".join(one.faults) or NONE] * marks
         lines.append(cells)
     return table(header, lines, left=2)
 
 
-def _own(name: str) -> bool:
-    """Whether a figure says more than the reported one in other units."""
-    return name.rpartition("/")[2] not in _REPEATED
+def extra_figures(board: TableBoard) -> list[str]:
+    """Return the further figures of a table that say more than the reported one in other units.
+
+    Args:
+        board: The table.
+    """
+    names = sorted({name for row in board.rows for name in row.extra})
+    return [name for name in names if name.rpartition("/")[2] not in _REPEATED]
 
 
 def _name(track: Track) -> str:
@@ -131,7 +142,12 @@ def _difference(one: Standing, baseline: Row | None) -> list[str]:
     return [f"{mean} [{low}, {high}] ({found.n})", one.outcome or NONE]
 
 
-def _failures(row: Row) -> str:
+def failures(row: Row) -> str:
+    """Return what became of the runs without a figure, at any rate.
+
+    Args:
+        row: The row.
+    """
     counted = sorted(Counter((status, lr) for lr, _, status in row.failures).items())
     return ", ".join(f"{n} {status} at lr {lr:g}" for (status, lr), n in counted) or NONE
 
@@ -140,8 +156,13 @@ def _distinct(texts: Iterable[str]) -> str:
     return ", ".join(sorted(set(texts)))
 
 
-def _notes(board: TableBoard, track: Track) -> str:
-    """Return what a reader has to know before believing the table, and where it was made."""
+def remarks(board: TableBoard, track: Track) -> str:
+    """Return what a reader has to know before believing the table, and where it was made.
+
+    Args:
+        board: The table.
+        track: Its track.
+    """
     notes = []
     rows = board.rows
     if board.baseline is None or not board.baseline.values:

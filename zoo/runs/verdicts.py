@@ -154,7 +154,7 @@ def judge(name: str, claim: Claim, ids: Mapping[str, list[str]], folder: str | P
         first = next((run for run in every if run not in there), "every one")
         raise Incomplete(
             f"claim {name!r} is incomplete: {lacking} of {len(every)} records are missing in "
-            f"{folder}, first {first}; 'zoo claim {name}' makes them"
+            f"{folder}, first {first}; 'zoo claims {name}' makes them"
         )
     found = {v: [records.read(Path(folder) / f"{run}.json") for run in ids[v]] for v in ids}
     values = {
@@ -326,11 +326,11 @@ def read(folder: str | Path) -> Verdict:
     """
     path, found = Path(folder) / FILE, stated(folder)
     if found is None:
-        raise ZooError(f"{path} does not exist; 'zoo claim' writes it")
+        raise ZooError(f"{path} does not exist; 'zoo claims' writes it")
     verdict = judge(found.name, found.claim, found.ids, folder)
     if found.hash != found.claim.hash or found.text != verdict.text():
         raise ZooError(
-            f"{path} is not what its claim and records give; 'zoo claim {found.name} "
+            f"{path} is not what its claim and records give; 'zoo claims {found.name} "
             "--verdict-only' makes it again"
         )
     return verdict

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import pytest
 from claim_examples import write
+from rich.console import Console
 from typer.testing import Result
 
+from zoo.cli.claims import _print
 from zoo.runs import claims, verdicts
 from zoo.runs.claims import find
 from zoo.runs.sweep import Cell, SweepResult
@@ -45,7 +47,7 @@ def options(example: Example) -> list[Any]:
 
 
 def test_a_claim_is_stated_before_it_is_judged(zoo_cli: Call, example: Example) -> None:
-    result = zoo_cli("claim", example.recipe, "--workers", 2, *options(example), "--quiet")
+    result = zoo_cli("claims", example.recipe, "--workers", 2, *options(example), "--quiet")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[:6] == [
@@ -65,11 +67,13 @@ def test_a_claim_is_stated_before_it_is_judged(zoo_cli: Call, example: Example) 
         "verdict: reproduced (the criterion holds on 2 of 2 seeds)",
     ]
     path = example.records / "tiny_claim" / "verdict.yaml"
-    assert result.stderr.splitlines() == ["0 finished, 6 skipped, 0 failed", f"wrote {path}"]
+    anew = f"to run it anew: zoo claims {example.recipe} --jobs 2 --records runs/anew/claims "
+    said = [f"wrote {path}", f"{anew}--runs runs/anew"]
+    assert result.stderr.splitlines() == ["0 finished, 6 skipped, 0 failed", *said]
     before = path.read_bytes()
-    again = zoo_cli("claim", example.recipe, "--verdict-only", *options(example))
+    again = zoo_cli("claims", example.recipe, "--verdict-only", *options(example))
     assert again.stdout == result.stdout
-    assert again.stderr == f"wrote {path}\n"
+    assert again.stderr.splitlines() == said
     assert path.read_bytes() == before
 
 
@@ -77,7 +81,7 @@ def test_records_that_are_missing_are_no_verdict(
     zoo_cli: Call, only_line: Call, example: Example
 ) -> None:
     (example.records / "tiny_claim" / f"{example.ids[1]}.json").unlink()
-    result = zoo_cli("claim", example.recipe, "--verdict-only", *options(example))
+    result = zoo_cli("claims", example.recipe, "--verdict-only", *options(example))
     assert result.exit_code == 2
     assert f"1 of 6 records are missing in {example.records / 'tiny_claim'}" in only_line(result)
     assert "5 of 6 done before" in result.stdout
@@ -90,12 +94,12 @@ def test_a_run_that_fails_is_a_failure_of_the_command(
 ) -> None:
     cell = Cell(["seed=0"], example.ids[2], None, "out of memory")
     monkeypatch.setattr(claims, "sweep", lambda *a, **k: SweepResult(failed=[cell]))
-    result = zoo_cli("claim", example.recipe, *options(example))
+    result = zoo_cli("claims", example.recipe, *options(example))
     assert result.exit_code == 1
     assert "failed: seed=0: out of memory" in result.stderr
     assert "verdict: " in result.stdout  # the records of before are there
     monkeypatch.setattr(claims, "sweep", lambda *a, **k: SweepResult(pending=[cell]))
-    stopped = zoo_cli("claim", example.recipe, *options(example))
+    stopped = zoo_cli("claims", example.recipe, *options(example))
     assert stopped.exit_code == 130
     assert "verdict: " not in stopped.stdout
 
@@ -103,10 +107,10 @@ def test_a_run_that_fails_is_a_failure_of_the_command(
 def test_a_claim_that_was_changed_is_refused(
     zoo_cli: Call, only_line: Call, example: Example
 ) -> None:
-    assert zoo_cli("claim", example.recipe, "--verdict-only", *options(example)).exit_code == 0
+    assert zoo_cli("claims", example.recipe, "--verdict-only", *options(example)).exit_code == 0
     write(example.recipe.parent, claim__criterion=["ours.loss < 9"])
     for more in ([], ["--verdict-only"]):
-        result = zoo_cli("claim", example.recipe, *more, *options(example))
+        result = zoo_cli("claims", example.recipe, *more, *options(example))
         assert result.exit_code == 2
         assert "was changed after its verdict, 'reproduced'; remove" in only_line(result)
         assert result.stdout == ""
@@ -117,7 +121,7 @@ def test_a_claim_that_needs_a_gpu_is_not_run(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     path = write(tmp_path, claim__needs="gpu")
-    result = zoo_cli("claim", path, "--records", tmp_path / "records", "--runs", tmp_path / "runs")
+    result = zoo_cli("claims", path, "--records", tmp_path / "records", "--runs", tmp_path / "runs")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1].startswith("verdict: needs a GPU (")
     assert verdicts.read(tmp_path / "records" / "tiny_claim").outcome == "needs a GPU"
@@ -131,36 +135,87 @@ def test_the_claims_that_ship_are_listed(
     (folder / "claims").mkdir(parents=True)
     for module in ("config", "claims"):
         monkeypatch.setattr(f"zoo.runs.{module}.folder", lambda name: folder)
-    none = zoo_cli("claim", *options(example))
+    none = zoo_cli("claims", *options(example))
     assert (none.exit_code, none.stdout) == (0, "")
     assert none.stderr == "no claims ship with this installation\n"
     path = write(folder / "claims")
     words = ["tiny_claim", "differential"]
     statement = "Differential attention has at most twice the loss of softmax attention."
-    assert zoo_cli("claim", *options(example)).stdout.splitlines()[1].split() == [
+    assert zoo_cli("claims", *options(example)).stdout.splitlines()[1].split() == [
         *words,
         *statement.split(),
     ]
-    assert zoo_cli("claim", "tiny_claim", "--verdict-only", *options(example)).exit_code == 0
-    judged = zoo_cli("claim", *options(example)).stdout.splitlines()[1]
-    assert judged.split() == [*words, "reproduced", *statement.split()]
+    assert zoo_cli("claims", "tiny_claim", "--verdict-only", *options(example)).exit_code == 0
+    judged = zoo_cli("claims", *options(example)).stdout.splitlines()[1]
+    assert judged.split() == [*words, "reproduced", "here", *statement.split()]
     write(folder / "claims", claim__statement="Another.")
-    stale = zoo_cli("claim", *options(example)).stdout.splitlines()[1]
-    assert stale.split() == [*words, "stale", "(reproduced)", "Another."]
+    stale = zoo_cli("claims", *options(example)).stdout.splitlines()[1]
+    assert stale.split() == [*words, "stale", "(reproduced)", "here", "Another."]
     path.write_text(path.read_text().partition("claim:")[0])
-    empty = zoo_cli("claim", *options(example))
+    empty = zoo_cli("claims", *options(example))
     assert empty.exit_code == 2
     assert "'tiny_claim' stands among the claims but states none" in empty.stderr
+
+
+def test_published_verdicts_are_listed_where_there_are_none_here(
+    zoo_cli: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = zoo_cli("claims")
+    assert result.exit_code == 0, result.output
+    rows = [line.split("  ") for line in result.stdout.splitlines()[1:]]
+    found = {row[0]: row for row in rows}
+    assert set(found) == set(claims.names())
+    published = Path(__file__).parents[2] / "data/runs/claims"
+    for name, row in found.items():
+        judged = verdicts.stated(published / name)
+        assert judged is not None
+        assert "published" in [cell.strip() for cell in row]
+        assert judged.outcome in [cell.strip() for cell in row]
+    assert "published: judged in data/runs/claims" in result.stderr
+    elsewhere = zoo_cli("claims", "--records", tmp_path)
+    assert "published" not in elsewhere.output
+    assert "without a verdict" in elsewhere.stderr
+
+
+def test_the_published_verdict_of_a_claim_is_told(
+    zoo_cli: Call, only_line: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name = claims.names()[0]
+    judged = verdicts.stated(Path(__file__).parents[2] / "data/runs/claims" / name)
+    assert judged is not None
+    result = zoo_cli("claims", name, "--verdict-only", "--records", tmp_path)
+    assert result.exit_code == 2
+    assert f"published verdict: {judged.outcome} (data/runs/claims/{name})" in result.stdout
+    assert "records are missing" in only_line(result)
+
+
+def test_the_former_name_of_the_command_works(zoo_cli: Call, tmp_path: Path) -> None:
+    assert zoo_cli("claim", "--records", tmp_path).stdout == (
+        zoo_cli("claims", "--records", tmp_path).stdout
+    )
+
+
+def test_a_narrow_terminal_has_statements_under_their_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    row = ["cope_counting", "cope", "reproduced", "published", "word " * 30]
+    _print(Console(width=60, color_system=None), [row])
+    name, *lines = capsys.readouterr().out.splitlines()
+    assert name == "cope_counting (cope) published: reproduced"
+    assert len(lines) == 3
+    assert all(line.startswith("  word ") for line in lines)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["claim", "nothing_like_it"], "unknown claim 'nothing_like_it'"),
-        (["claim", "mqar"], "recipe 'mqar' states no claim; 'zoo claim' lists those that do"),
-        (["claim", "nowhere.yaml"], "recipe file nowhere.yaml does not exist"),
-        (["claim", "{recipe}", "--workers", "0"], "workers is 0; it must be at least 1"),
-        (["claim", "{recipe}", "--verdict-only", "--jobs", "0"], "workers is 0"),
+        (["claims", "nothing_like_it"], "unknown claim 'nothing_like_it'"),
+        (["claims", "mqar"], "recipe 'mqar' states no claim; 'zoo claims' lists those that do"),
+        (["claims", "nowhere.yaml"], "recipe file nowhere.yaml does not exist"),
+        (["claims", "{recipe}", "--workers", "0"], "workers is 0; it must be at least 1"),
+        (["claims", "{recipe}", "--verdict-only", "--jobs", "0"], "workers is 0"),
     ],
 )
 def test_mistakes(
