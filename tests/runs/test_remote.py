@@ -147,7 +147,7 @@ time.sleep(600)
 
 
 def test_a_cancelled_run_ends_with_all_it_has_started(tmp_path, monkeypatch):
-    end, before = remote._end, signal.getsignal(signal.SIGINT)
+    end = remote._end
 
     def interrupted(process):
         os.kill(os.getpid(), signal.SIGINT)  # as Ray does while a cancelled task goes on
@@ -166,10 +166,14 @@ def test_a_cancelled_run_ends_with_all_it_has_started(tmp_path, monkeypatch):
 
     worker = threading.Thread(target=cancel)
     worker.start()
-    with pytest.raises(KeyboardInterrupt):
-        remote.execute(task)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in what a shell puts aside
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            remote.execute(task)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
     worker.join()
-    assert signal.getsignal(signal.SIGINT) is before
     assert list((tmp_path / "temporary").iterdir()) == []
     assert all(gone(pid) for pid in (tmp_path / "pids").read_text().split())
 

@@ -90,9 +90,11 @@ def execute(task: dict[str, Any]) -> dict[str, Any]:
         return {"code": 2, "output": refusal(task["ours"], said).encode(), "record": None}
     folder = tempfile.mkdtemp(prefix="zoo-")
     try:
-        return _run_in(Path(folder), package, task)
+        # It is how Ray cancels a task, and a worker may have been started to ignore it.
+        with _interrupts(signal.default_int_handler):
+            return _run_in(Path(folder), package, task)
     finally:
-        with _undisturbed():
+        with _interrupts(signal.SIG_IGN):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -149,17 +151,17 @@ def _run(command: list[str], folder: str, environment: dict[str, str], output: A
         while process.poll() is None:
             time.sleep(_POLL)  # short, since a cancelled task is interrupted between two of them
     finally:
-        with _undisturbed():
+        with _interrupts(signal.SIG_IGN):
             _end(process)
             process.stdin.close()
     return process.returncode
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignore further interrupts: Ray sends them until a cancelled task has ended."""
+def _interrupts(handler: Any) -> Iterator[None]:
+    """Let interrupts be handled in some way for a while; they may come again and again."""
     try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        before = signal.signal(signal.SIGINT, handler)
     except ValueError:  # no interrupt reaches any thread but the main one
         yield
         return
