@@ -74,6 +74,20 @@ def test_an_installed_wheel_finds_them_too(installed, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_installed_wheel_makes_the_html_page(installed, tmp_path):
+    code = (
+        "from pathlib import Path; from zoo.runs import html;"
+        "text = html.render([], draw=None); print(html.__file__);"
+        "names = {'page.css', 'page.js', 'page.html.jinja'};"
+        "there = {path.name for path in (Path(html.__file__).parent / '_html').iterdir()};"
+        "print(names <= there, '<style>' in text)"
+    )
+    where, found = run(code, installed, tmp_path).splitlines()
+    assert Path(where).is_relative_to(installed)
+    assert found == "True True"
+
+
+@pytest.mark.slow
 def test_an_installed_wheel_trains(installed, tmp_path):
     code = (
         "from zoo.cli import main; import sys; sys.argv = ['zoo', 'run', 'mqar', 'steps=2',"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import re
 from functools import partial
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,7 @@ from zoo.runs.claims import Published
 from zoo.runs.records import write
 from zoo.runs.verdicts import judge
 
+ROOT = Path(__file__).parents[2]
 EVIL = "<script>alert(1)</script>\"'"
 VOID = {"meta", "link", "input", "br", "wbr", "img", "hr"}
 
@@ -170,8 +173,9 @@ def test_hostile_names_stay_text(make, claims):
     assert len(page.all("script")) == 1
     assert not page.all("img")
     assert not [one for one in page.all("a") if not re.match("#|https://arxiv", one["href"])]
-    (row,) = [r for r in page.all("tr") if r.get("data-words", "").startswith("<script>")]
-    assert EVIL in row["text"]
+    rows = [one for one in page.all("tr") if one.get("data-words", "").startswith("<script>")]
+    assert rows
+    assert all(EVIL in row["text"] for row in rows)
     (article,) = [one for one in page.all("article") if EVIL in one["text"]]
     assert "nothing of that name is registered here" in article["text"]
 
@@ -260,10 +264,14 @@ def test_without_records_there_is_still_a_page():
 
 
 def test_measurements_and_figures_are_in_the_page(records):
-    page = Page(html.render(records, draw=drawn))
-    pictures = [one for one in page.all("img") if "svg+xml" in one["src"]]
-    assert pictures
-    assert all(one["alt"] for one in pictures)
+    measured = json.loads((ROOT / "docs/performance/baselines.json").read_text())
+    page = Page(html.render(records, measured={"layers": measured}, draw=drawn))
+    (section,) = page.all("section", id="efficiency")
+    assert "softmax" in section["text"]
+    assert page.all("td", inside="efficiency")
+    captions = [one["alt"] for one in page.all("img") if "svg+xml" in one["src"]]
+    assert "Mean place by track" in " ".join(captions)
+    assert "against training throughput" in " ".join(captions)
 
 
 def test_equal_pictures_are_drawn_once_and_failing_ones_left_out():
@@ -329,9 +337,7 @@ def test_a_docstring_is_cut_after_its_first_formula():
 
 
 def test_arguments_are_read_from_a_docstring():
-    text = (
-        "Is it.\n\nArgs:\n    a: First\n        and more.\n    b: Second.\n\nRaises:\n    E: no.\n"
-    )
+    text = "Is.\n\nArgs:\n    a: First\n        and more.\n    b: Second.\n\nRaises:\n    E: no.\n"
     assert arguments(text) == {"a": "First and more.", "b": "Second."}
 
 
