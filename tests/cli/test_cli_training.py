@@ -4,13 +4,14 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import Result
 
-from zoo.runs import records, train
+from zoo.runs import html, records, train
 
 Call = Callable[..., Result]
 
@@ -168,6 +169,24 @@ def test_leaderboard(
     assert list(tmp_path.iterdir()) == []
     both = zoo_cli("leaderboard", "--records", recall_run.records, "--print", "--output", "b.md")
     assert both.stdout == page == (tmp_path / "b.md").read_text()
+
+
+def test_the_html_page_is_written_on_request(
+    zoo_cli: Call, monkeypatch: pytest.MonkeyPatch, recall_run: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(html, "render", partial(html.render, draw=None))
+    monkeypatch.chdir(tmp_path)
+    result = zoo_cli("leaderboard", "--records", recall_run.records, "--html", "page.html")
+    assert result.exit_code == 0
+    assert result.stderr == "wrote page.html from 1 records\n"
+    assert "</html>" in (tmp_path / "page.html").read_text()
+    assert not (tmp_path / "leaderboard.md").exists()
+    zoo_cli("leaderboard", "--records", recall_run.records, "--html", "--output", "b.md")
+    assert (tmp_path / "leaderboard.html").read_bytes() == (tmp_path / "page.html").read_bytes()
+    assert (tmp_path / "b.md").exists()
+    refused = zoo_cli("leaderboard", "page.html", "--records", recall_run.records)
+    assert refused.exit_code == 2
+    assert "belongs to --html" in refused.stderr
 
 
 def test_leaderboard_in_a_place_that_cannot_be_written(
