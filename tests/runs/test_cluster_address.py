@@ -134,7 +134,7 @@ def test_whoever_listens_may_be_no_cluster(trial, listener):
     trial(
         late=True, stderr=b"[2026-01-01 W 1 1] gcs_client.cc:210: InvalidAuthToken: it is wrong\n"
     )
-    with pytest.raises(ZooError, match=r"within 12 s: InvalidAuthToken: it is wrong$"):
+    with pytest.raises(ZooError, match=r"within 10 s: InvalidAuthToken: it is wrong$"):
         resolve(f"127.0.0.1:{listener}")
 
 
