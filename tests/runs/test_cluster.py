@@ -202,7 +202,7 @@ def test_a_run_asks_for_what_it_takes(ray, start, overrides, machine, cpus, gpus
     ("overrides", "message"),
     [
         (["trainer.accelerator=cuda"], r"has 1 cores and 1 cards \(GPU\)"),
-        (["trainer.devices=3", "trainer.strategy=ddp"], "has 3 cores$"),
+        (["trainer.devices=4", "trainer.strategy=ddp"], "has 4 cores$"),
         (["nonsense=1"], "unknown override 'nonsense'"),
     ],
 )

@@ -147,7 +147,16 @@ time.sleep(600)
 
 
 def test_a_cancelled_run_ends_with_all_it_has_started(tmp_path, monkeypatch):
+    end = remote._end
+
+    def interrupted(process):
+        os.kill(os.getpid(), signal.SIGINT)  # as Ray does while a cancelled task goes on
+        end(process)
+
     monkeypatch.setattr(remote, "_GRACE", 0.2)
+    monkeypatch.setattr(remote, "_end", interrupted)
+    monkeypatch.setattr(remote.tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
     task = script(tmp_path, STUBBORN)
 
     def cancel():
@@ -157,9 +166,15 @@ def test_a_cancelled_run_ends_with_all_it_has_started(tmp_path, monkeypatch):
 
     worker = threading.Thread(target=cancel)
     worker.start()
-    with pytest.raises(KeyboardInterrupt):
-        remote.execute(task)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in what a shell puts aside
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            remote.execute(task)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
     worker.join()
+    assert list((tmp_path / "temporary").iterdir()) == []
     assert all(gone(pid) for pid in (tmp_path / "pids").read_text().split())
 
 
@@ -182,21 +197,29 @@ leash.main()
 """
 
 
-def leashed(seconds):
+def leashed(seconds, folder):
     command = [sys.executable, "-S", "-c", LEASHED, str(PACKAGE / "runs" / "leash.py"), seconds]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "ZOO_LEASH_FOLDER": str(folder)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        process_group=0,
+    )
 
 
-def test_a_run_ends_with_whoever_holds_its_leash():
-    with leashed("600") as process:
+def test_a_run_ends_with_whoever_holds_its_leash(tmp_path):
+    (tmp_path / "zoo-x").mkdir()
+    with leashed("600", tmp_path / "zoo-x") as process:
         child = int(process.stdout.readline())
         process.stdin.close()
         assert process.wait(60) == -signal.SIGKILL
     assert gone(child)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_on_a_leash_ends_by_itself():
-    with leashed("0") as process:
+def test_a_run_on_a_leash_ends_by_itself(tmp_path):
+    with leashed("0", tmp_path) as process:
         child = int(process.stdout.readline())
         assert process.wait(60) == 0
     assert gone(child)

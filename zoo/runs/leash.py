@@ -2,19 +2,25 @@
 
 Whoever starts it holds the other end of a pipe. Should that process be killed, nobody is left to
 end the run, which would go on for hours on a machine that is given to others; so the run, the head
-of a group of processes, ends its whole group by itself.
+of a group of processes, ends its whole group by itself, and removes the folder that it is told of
+in the environment.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
+
+FOLDER = "ZOO_LEASH_FOLDER"
 
 
 def _follow() -> None:
     while os.read(0, 1):  # not through sys.stdin, whose lock would be held when Python ends
         pass
+    if folder := os.environ.get(FOLDER):
+        shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 

@@ -11,11 +11,13 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,29 +88,39 @@ def execute(task: dict[str, Any]) -> dict[str, Any]:
     package, said = locate(task["ours"])
     if package is None:
         return {"code": 2, "output": refusal(task["ours"], said).encode(), "record": None}
-    with tempfile.TemporaryDirectory(prefix="zoo-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        config = folder / "config.yaml"
-        config.write_text(task["config"], encoding="utf-8")
-        command = [sys.executable, "-m", "zoo.runs.leash", "run", str(config), "--quiet"]
-        command += ["--records", str(folder / "records"), "--runs", str(folder / "runs")]
-        here = os.environ.get("PYTHONPATH")
-        root = str(Path(package).parent)
-        environment = {
-            **os.environ,
-            **task["environment"],
-            "PYTHONPATH": f"{root}{os.pathsep}{here}" if here else root,
-            "PYTHONSAFEPATH": "1",  # nothing is to be imported from where the sweep was started
-        }
-        # Paths in a recipe may be relative, which makes sense where folders are shared.
-        start = task["folder"] if Path(task["folder"]).is_dir() else name
-        with open(folder / "output", "w+b") as output:
-            code = _run(command, start, environment, output)
-            output.seek(max(0, output.seek(0, os.SEEK_END) - _OUTPUT))
-            text = output.read()
-        record = folder / "records" / f"{task['id']}.json"
-        found = record.read_text(encoding="utf-8") if record.is_file() else None
-        return {"code": code, "output": text, "record": found}
+    folder = tempfile.mkdtemp(prefix="zoo-")
+    try:
+        # It is how Ray cancels a task, and a worker may have been started to ignore it.
+        with _interrupts(signal.default_int_handler):
+            return _run_in(Path(folder), package, task)
+    finally:
+        with _interrupts(signal.SIG_IGN):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_in(folder: Path, package: str, task: dict[str, Any]) -> dict[str, Any]:
+    config = folder / "config.yaml"
+    config.write_text(task["config"], encoding="utf-8")
+    command = [sys.executable, "-m", "zoo.runs.leash", "run", str(config), "--quiet"]
+    command += ["--records", str(folder / "records"), "--runs", str(folder / "runs")]
+    here = os.environ.get("PYTHONPATH")
+    root = str(Path(package).parent)
+    environment = {
+        **os.environ,
+        **task["environment"],
+        "PYTHONPATH": f"{root}{os.pathsep}{here}" if here else root,
+        "ZOO_LEASH_FOLDER": str(folder),
+        "PYTHONSAFEPATH": "1",  # nothing is to be imported from where the sweep was started
+    }
+    # Paths in a recipe may be relative, which makes sense where folders are shared.
+    start = task["folder"] if Path(task["folder"]).is_dir() else str(folder)
+    with open(folder / "output", "w+b") as output:
+        code = _run(command, start, environment, output)
+        output.seek(max(0, output.seek(0, os.SEEK_END) - _OUTPUT))
+        text = output.read()
+    record = folder / "records" / f"{task['id']}.json"
+    found = record.read_text(encoding="utf-8") if record.is_file() else None
+    return {"code": code, "output": text, "record": found}
 
 
 def refusal(ours: dict[str, str], said: str) -> str:
@@ -139,9 +151,24 @@ def _run(command: list[str], folder: str, environment: dict[str, str], output: A
         while process.poll() is None:
             time.sleep(_POLL)  # short, since a cancelled task is interrupted between two of them
     finally:
-        _end(process)
-        process.stdin.close()
+        with _interrupts(signal.SIG_IGN):
+            _end(process)
+            process.stdin.close()
     return process.returncode
+
+
+@contextlib.contextmanager
+def _interrupts(handler: Any) -> Iterator[None]:
+    """Let interrupts be handled in some way for a while; they may come again and again."""
+    try:
+        before = signal.signal(signal.SIGINT, handler)
+    except ValueError:  # no interrupt reaches any thread but the main one
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
