@@ -51,6 +51,14 @@ def go(runner, tmp_path):
     return start
 
 
+@pytest.fixture(autouse=True)
+def hearing():
+    """Listen to interrupts, which a shell makes its background jobs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def journal(tmp_path, name):
     lines = (tmp_path / "runs" / name / "journal").read_text().split("\n")[:-1]
     return [line.split()[0] for line in lines]

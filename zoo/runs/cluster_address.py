@@ -20,7 +20,7 @@ from pathlib import Path
 from zoo.errors import ZooError
 
 LIMIT = 10.0  # seconds until an address must have answered, beside what it takes to import torch
-_KNOCK = 5.0  # seconds of them for the port
+_KNOCK = 4.0  # seconds of them for the port
 _ALLOWED = "allowed: HOST:PORT, ray://HOST:PORT, auto (a cluster of this machine) or local"
 _PORTS = range(1, 65536)
 
