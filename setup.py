@@ -9,6 +9,6 @@ setup(
         "zoo": ["py.typed"],
         "zoo.runs": ["_html/*"],
         "zoo._recipes": ["**/*.yaml"],
-        "zoo._data": ["**/*.yaml", "runs/**/*.json"],
+        "zoo._data": ["**/*.yaml", "runs/**/*.json", "bench/*.json"],
     },
 )

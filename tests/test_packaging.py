@@ -69,8 +69,10 @@ def test_an_installed_wheel_finds_them_too(installed, tmp_path):
     assert {"mqar", "bytes", "digits"} <= set(names.split())
     shipped = {p.relative_to(recipes).as_posix() for p in Path(recipes).rglob("*.yaml")}
     assert shipped == {p.relative_to(ROOT / "recipes").as_posix() for p in tracked("recipes")}
-    records = {p.name for p in (Path(data) / "runs").rglob("*.json")}
-    assert records == {p.name for p in tracked("data/runs")}
+    for name in ("runs", "bench"):
+        held = {p.relative_to(data).as_posix() for p in (Path(data) / name).rglob("*.*")}
+        there = tracked(f"data/{name}")
+        assert held == {p.relative_to(ROOT / "data").as_posix() for p in there}
 
 
 @pytest.mark.slow
