@@ -75,6 +75,16 @@ def test_figures_by_length(make):
     (table,) = board.tables
     assert lengths(table) == [(64, "test_len64/accuracy"), (128, "test_128/accuracy")]
     ElementTree.fromstring(pictures(board)["mqar_lengths.svg"].svg())
+    # The plain test set is that of the length of training.
+    config = {"data": {"seq_len": 32}}
+    runs = [
+        replace(run, config=config) for one in board.tables for row in one.rows for run in row.runs
+    ]
+    (table,) = assemble(runs).tables
+    assert lengths(table)[0] == (32, "test/accuracy")
+    runs = [replace(run, config={"data": {"seq_len": 64}}) for run in runs]
+    (table,) = assemble(runs).tables
+    assert lengths(table) == [(64, "test/accuracy"), (128, "test_128/accuracy")]
 
 
 def test_a_measurement_against_length_is_drawn(records):

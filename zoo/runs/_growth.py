@@ -51,6 +51,7 @@ def against_length(content: Mapping[str, Any]) -> Figure:
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     clock = "processor" if setting["device"] == "cpu" else "elapsed"
     time.set_ylabel(f"{clock} time of {kind} (ms)")
     memory.set_ylabel("peak memory of a call (MiB)")

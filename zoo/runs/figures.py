@@ -126,13 +126,20 @@ def lengths(table: TableBoard) -> list[tuple[int, str]]:
         table: The table.
     """
     short = table.key.report.rpartition("/")[2]
-    names = {name for one in table.standings for run in one.row.records for name in run.metrics}
-    found = set()
+    runs = [run for one in table.standings for run in one.row.records]
+    names = {name for run in runs for name in run.metrics}
+    trained = {run.config.get("data", {}).get("seq_len") for run in runs}
+    found = {(length, f"test/{short}") for length in trained if isinstance(length, int)}
+    if f"test/{short}" not in names or len(found) > 1:
+        found = set()
     for name in names:
         split, _, figure = name.rpartition("/")
         number = re.fullmatch(r"test_[a-z]*(\d+)", split)
         if figure == short and number is not None:
             found.add((int(number[1]), name))
+    # A set at the length of training says what the plain one says.
+    plain = {length for length, name in found if name == f"test/{short}"}
+    found = {(n, name) for n, name in found if n not in plain or name == f"test/{short}"}
     return sorted(found) if len(found) > 1 else []
 
 
@@ -292,7 +299,8 @@ def _by_length(track: TrackBoard, table: TableBoard, marks: Sequence[tuple[int, 
     _plain_ticks(axis, [n for n, _ in marks], exact=True)
     _legend(axis, track, table, handles)
     axis.set_xlabel("length of the test sequences (tokens)")
-    axis.set_ylabel(_axis(table))
+    short = table.key.report.rpartition("/")[2]
+    axis.set_ylabel(_axis(table).replace(table.key.report, short))
     return figure
 
 
