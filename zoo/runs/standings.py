@@ -65,7 +65,10 @@ def about(board: TableBoard) -> str:
     text += f"; learning rates {', '.join(f'{rate:g}' for rate in board.rates)}.\n"
     listed = ", ".join(code(f"{name}={value}") for name, value in board.settings.items())
     if board.stale:
-        text += f"\n**Stale**: the recipe was changed since. It was: {listed or 'another'}.\n"
+        text += (
+            "\n**Stale**: not the recipe as it is now, which was changed since, or by these runs: "
+        )
+        text += f"{listed or 'another'}.\n"
     elif listed:
         text += f"\nUnlike other groups of this recipe: {listed}.\n"
     return text
