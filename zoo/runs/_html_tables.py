@@ -264,7 +264,7 @@ def _role(spec: str, track: Track) -> str:
     """Return what a row is in every table of its track, if it is anything."""
     if spec == track.baseline:
         return "baseline"
-    return "ceiling" if spec == track.ceiling else "floor" if spec in track.floors else ""
+    return "recurrent" if spec == track.ceiling else "floor" if spec in track.floors else ""
 
 
 def _badge(outcome: str | None) -> str | Markup:

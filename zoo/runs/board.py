@@ -327,8 +327,7 @@ def _standings(
 def _outcome(difference: Paired | None, sign: int) -> str | None:
     if difference is None or difference.excludes_zero is None:
         return None
-    # Equal differences leave the interval no width: the test set cannot tell them finer.
-    if not difference.excludes_zero or difference.low == difference.high:
+    if not difference.excludes_zero:
         return "tie"
     return "win" if sign * difference.mean < 0 else "loss"
 

@@ -45,7 +45,8 @@ class Paired(NamedTuple):
         """Whether zero lies outside the interval; None without an interval."""
         if self.low is None or self.high is None:
             return None
-        return self.low > 0 or self.high < 0
+        # Equal differences leave the interval no width: the test set cannot tell them finer.
+        return self.low != self.high and (self.low > 0 or self.high < 0)
 
 
 class Failure(NamedTuple):
