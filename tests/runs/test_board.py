@@ -7,7 +7,8 @@ import pytest
 from zoo.errors import ZooError
 from zoo.runs import board as module
 from zoo.runs import config
-from zoo.runs.board import Current, assemble, current
+from zoo.runs.board import assemble
+from zoo.runs.current import Current, current
 from zoo.runs.tracks import Contender
 
 

@@ -5,6 +5,7 @@ import pytest
 from zoo.errors import ZooError
 from zoo.runs import comparison, config
 from zoo.runs.comparison import compare, outcomes, read, signs
+from zoo.runs.current import group_now
 from zoo.runs.records import write
 
 LOSS = {"select": "val/loss", "report": "test/loss", "mode": "min", "solved": None}
@@ -147,7 +148,7 @@ def test_the_groups_of_recipes_now(make):
     now = config.identify(config.load("mqar")).group
     records = [make(), make(recipe="nobody_has_it"), make(recipe="cope_counting")]
     assert comparison.groups_now(records) == {"mqar": now}
-    assert comparison.group_now("nobody_has_it") is None
+    assert group_now("nobody_has_it") is None
 
 
 def test_records_are_read_from_every_folder(make, tmp_path):

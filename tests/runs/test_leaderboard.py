@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from zoo.errors import ZooError
 from zoo.runs import leaderboard
-from zoo.runs.board import current
+from zoo.runs.current import current
 from zoo.runs.leaderboard import render, verify
 from zoo.runs.records import RecordWarning, write
 

@@ -23,6 +23,41 @@ def test_a_run_that_does_not_end_is_killed_after_its_grace(tmp_path, monkeypatch
     assert child.returncode == -signal.SIGKILL
 
 
+class Stubborn:
+    """A run elsewhere that lives until it is killed, and answers its end with an interrupt."""
+
+    pid = None
+
+    def __init__(self, received):
+        self.received = received
+        self.heard = []
+        self.looks = 0
+
+    def poll(self):
+        self.looks += 1
+        assert self.looks < 100, "it is waited for, and should be killed"
+        return 0 if "kill" in self.heard else None
+
+    def wait(self):
+        return 0
+
+    def terminate(self):
+        self.heard.append("terminate")
+        self.received.append(signal.SIGINT)
+
+    def kill(self):
+        self.heard.append("kill")
+
+
+def test_a_signal_that_comes_while_the_runs_are_told_ends_the_grace(monkeypatch):
+    monkeypatch.setattr(processes, "GRACE", 1e9)
+    monkeypatch.setattr(processes, "POLL", 0.0)
+    received = [signal.SIGINT]
+    runs = [Stubborn(received), Stubborn(received)]
+    processes.end(runs, received)
+    assert [run.heard for run in runs] == [["terminate", "kill"]] * 2
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -168,6 +168,7 @@ def test_the_plan_can_be_restricted():
         (["attention=moab"], r"'moab'.*moba"),
         (["lr=1e-3"], r"'lr'.*allowed.*track"),
         (["seeds=0"], "seeds=0"),
+        (["seeds=3,5"], "seeds=3,5: it must be one whole number"),
         (["seeds"], "write key=value"),
         (["track=recall", "track=state"], "given twice"),
         (["recipe=digits", "attention=gru"], "nothing to run"),

@@ -12,7 +12,7 @@ from zoo.doctor.lines import Line, note, ok, problem, reason
 from zoo.errors import ZooError
 from zoo.runs import leaderboard, stats, verdicts
 from zoo.runs.claims import FOLDER, is_stale
-from zoo.runs.comparison import group_now
+from zoo.runs.current import group_now
 from zoo.runs.records import SCHEMA, Record, RecordWarning, read
 
 SHOWN = 5

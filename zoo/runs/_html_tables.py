@@ -10,10 +10,12 @@ from markupsafe import Markup
 from zoo.runs import claim_table, stats
 from zoo.runs._html_grid import Cell, Column, Grid, Ids, Line, coded, lines, linked
 from zoo.runs._html_mechanisms import Mechanism, parts
-from zoo.runs.board import OUTCOMES, Board, Standing, TableBoard, TrackBoard
+from zoo.runs.board import Standing, TableBoard
 from zoo.runs.claims import Published
 from zoo.runs.markdown import NONE, figures, milliseconds, quantity, size
-from zoo.runs.standings import arrow, extra_figures, failures, spread
+from zoo.runs.standings import arrow, extra_figures, failures, place, spread
+from zoo.runs.stats import OUTCOMES
+from zoo.runs.summary import Summary
 from zoo.runs.tracks import Track
 
 _EMPTY = Cell(NONE)
@@ -50,41 +52,26 @@ class Tables:
     mentions: dict[str, list[Mention]] = field(default_factory=dict)
     claims: dict[str, list[tuple[str, str, str]]] = field(default_factory=dict)
 
-    def places(self, baseline: str, found: Sequence[TrackBoard]) -> Grid:
+    def places(self, summary: Summary) -> Grid:
         """Return the summary of the tracks of one baseline.
 
         Args:
-            baseline: The baseline.
-            found: The tracks.
+            summary: What is shown.
         """
-        ranks = [track.ranks() for track in found]
-        outcomes = [track.outcomes() for track in found]
-        names = sorted({name for one in ranks for name in one})
-
-        def order(name: str) -> tuple[bool, float, str]:
-            places = [one[name].mean for one in ranks if name in one]
-            return len(places) < len(found), sum(places) / len(places), name
-
+        tracks = [one.track for one in summary.tracks]
         columns = [Column("attention", "attention", number=False)]
-        columns += [Column(f"place-{t.track.name}", t.track.title) for t in found]
+        columns += [Column(f"place-{track.name}", track.title) for track in tracks]
         columns += [Column(kind, kind, down=kind == "win") for kind in OUTCOMES]
         made = []
-        for name in sorted(names, key=order):
-            cells = [self._name(name)]
-            for one in ranks:
-                place = one.get(name)
-                if place is None:
-                    cells.append(_EMPTY)
-                    continue
-                deviation = "" if place.std is None else f" ± {place.std:.1f}"
-                cells.append(Cell(f"{place.mean:.1f}{deviation} ({place.n})", place.mean))
-            same = name == baseline or (stats.is_softmax(baseline) and stats.is_softmax(name))
-            for kind in OUTCOMES:
-                total = sum(one.get(name, {}).get(kind, 0) for one in outcomes)
-                cells.append(_EMPTY if same else Cell(str(total), float(total)))
-            made.append(self._line("", name, cells))
-        id = self.ids.new("t-places", baseline)
-        return Grid(id, f"Mean place by track, against {baseline}", tuple(columns), tuple(made))
+        for line in summary.lines:
+            places = [Cell(place(one), one.mean) if one else _EMPTY for one in line.places]
+            counts = line.outcomes
+            outcomes = [_count(counts[kind]) if counts else _EMPTY for kind in OUTCOMES]
+            cells = [self._name(line.attention), *places, *outcomes]
+            made.append(self._line("", line.attention, cells))
+        id = self.ids.new("t-places", summary.baseline)
+        title = f"Mean place by track, against {summary.baseline}"
+        return Grid(id, title, tuple(columns), tuple(made))
 
     def standings(self, board: TableBoard, track: Track) -> Grid:
         """Return the table of a recipe.
@@ -122,10 +109,10 @@ class Tables:
         made = []
         for one in board.standings:
             row, line = one.row, self.ids.new(id, one.row.attention)
-            place = Cell(NONE) if one.rank is None else Cell(str(one.rank), float(one.rank))
+            rank = Cell(NONE) if one.rank is None else Cell(str(one.rank), float(one.rank))
             figure = Cell(spread(row.spread, row.attempts), row.spread and row.spread.mean)
             difference = _difference(one, board)
-            cells = [place, self._name(row.attention, _role(row.attention, track)), figure]
+            cells = [rank, self._name(row.attention, _role(row.attention, track)), figure]
             if key.solved is not None:
                 solved = None if row.solved is None else row.solved / max(1, row.attempts)
                 cells.append(Cell(f"{row.solved}/{row.attempts}", solved))
@@ -137,7 +124,7 @@ class Tables:
             cells += [Cell("; ".join(one.faults) or NONE)] * marks
             made.append(self._line(line, row.attention, cells))
             mention = Mention(
-                *(track.title, key.recipe, row.attention, line, str(place.shown)),
+                *(track.title, key.recipe, row.attention, line, str(rank.shown)),
                 Cell(Markup("{} {}").format(coded(key.report), figure.shown), figure.value),
                 *(difference, _badge(one.outcome), board.stale),
             )
@@ -215,17 +202,8 @@ class Tables:
         return Line(id, tuple(cells), kinds, traits, text)
 
 
-def by_baseline(board: Board) -> list[tuple[str, list[TrackBoard]]]:
-    """Return the tracks that count, by baseline.
-
-    Args:
-        board: Everything that the leaderboard shows.
-    """
-    found: dict[str, list[TrackBoard]] = {}
-    for track in board.tracks:
-        if track.counted:
-            found.setdefault(track.track.baseline, []).append(track)
-    return list(found.items())
+def _count(number: int) -> Cell:
+    return Cell(str(number), float(number))
 
 
 def _costs(one: Standing) -> list[Cell]:

@@ -11,10 +11,9 @@ been changed since are stale: they are shown, and count for nothing.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from scipy.stats import rankdata
@@ -23,31 +22,14 @@ from zoo.errors import ZooError
 from zoo.runs import config as configs
 from zoo.runs import stats, tracks
 from zoo.runs.claims import Published
+from zoo.runs.current import Current, differing, is_stale, settings_of, since
 from zoo.runs.markdown import figures
 from zoo.runs.records import Record
-from zoo.runs.stats import Paired, Row, Spread, Table
+from zoo.runs.stats import OUTCOMES, Paired, Row, Spread, Table
 from zoo.runs.tracks import Contender, Track
 
 SEEDS = 3
 """Seeds that a comparison needs."""
-OUTCOMES = ("win", "tie", "loss")
-
-
-@dataclass(frozen=True)
-class Current:
-    """A recipe as it is now.
-
-    Args:
-        group: Hash of what its runs share.
-        rates: Learning rates of its budget.
-        contenders: Who might stand in its table.
-        settings: Its settings by dotted key, each as JSON text.
-    """
-
-    group: str
-    rates: tuple[float, ...]
-    contenders: tuple[Contender, ...] = ()
-    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,25 +149,6 @@ class Board:
         return [table for track in self.tracks for table in track.tables]
 
 
-def current(recipes: Iterable[str]) -> dict[str, Current]:
-    """Return the recipes that ship as they are now; others are left out.
-
-    Args:
-        recipes: Names of recipes.
-    """
-    known = set(configs.recipes())
-    found = {}
-    for name in sorted(set(recipes) & known):
-        config = configs.load(name)
-        found[name] = Current(
-            configs.identify(config).group,
-            tuple(sorted(config.budget.lrs)),
-            tuple(tracks.contenders(config)),
-            flat(configs.settings(config)),
-        )
-    return found
-
-
 def assemble(
     records: Iterable[Record],
     claims: Sequence[Published] = (),
@@ -204,7 +167,7 @@ def assemble(
     found = stats.tables(stats.summarise(records))
     for key, rows in found.items():
         refuse_mixed(key, rows)
-    flats = {key: _flat(rows) for key, rows in found.items()}
+    flats = {key: settings_of(rows) for key, rows in found.items()}
     by_track: dict[str, list[TableBoard]] = defaultdict(list)
     for key, rows in found.items():
         recipe = (now or {}).get(key.recipe)
@@ -268,7 +231,7 @@ def _table(
 ) -> TableBoard:
     track = tracks.track(key.track)
     baseline = find_baseline(rows, track)
-    stale = recipe is not None and recipe.group != key.group
+    stale = recipe is not None and is_stale(key, recipe.group)
     if recipe is not None and not stale:
         rates = recipe.rates
     else:
@@ -281,7 +244,7 @@ def _table(
         baseline,
         rates,
         stale,
-        _since(own, recipe.settings) if recipe is not None and stale else _differing(own, others),
+        since(own, recipe.settings) if recipe is not None and stale else differing(own, others),
         tuple(one for one in contenders if one.reason is not None),
         tuple(one.spec for one in contenders if one.reason is None and one.spec not in here),
     )
@@ -320,16 +283,9 @@ def _standings(
         if baseline is not None and row is not baseline:
             against = stats.paired(row.values, baseline.values)
         rank = places.index(mean) + 1 if placed else None
-        found.append(Standing(row, rank, faults[id(row)], against, _outcome(against, sign)))
+        outcome = against and against.outcome(key.mode)
+        found.append(Standing(row, rank, faults[id(row)], against, outcome))
     return found
-
-
-def _outcome(difference: Paired | None, sign: int) -> str | None:
-    if difference is None or difference.excludes_zero is None:
-        return None
-    if not difference.excludes_zero:
-        return "tie"
-    return "win" if sign * difference.mean < 0 else "loss"
 
 
 def _faults(
@@ -352,55 +308,3 @@ def _faults(
 
 def _place(name: str, order: list[str]) -> int:
     return order.index(name) if name in order else len(order)
-
-
-def flat(value: Any, name: str = "") -> dict[str, str]:
-    """Return a tree of settings by dotted key, each value as JSON text.
-
-    Args:
-        value: The tree.
-        name: Key of the tree itself.
-    """
-    if not isinstance(value, dict) or not value:
-        return {name: json.dumps(value, sort_keys=True)}
-    found: dict[str, str] = {}
-    for key, item in value.items():
-        found |= flat(item, f"{name}.{key}" if name else str(key))
-    return found
-
-
-def _flat(rows: Iterable[Row]) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        for run in row.runs:
-            for name, value in flat(run.config).items():
-                found[name].add(value)
-    return found
-
-
-def _compared(name: str) -> bool:
-    """Whether a difference in a setting makes tables differ."""
-    free = ("attention", "seed", "optim.lr", "description", "name", "track")
-    return name not in free and not name.startswith("budget.")
-
-
-def _differing(
-    own: Mapping[str, set[str]], others: Iterable[Mapping[str, set[str]]]
-) -> dict[str, str]:
-    """Return what tells a table from the others of its recipe."""
-    return {
-        name: min(values)
-        for name, values in sorted(own.items())
-        if _compared(name)
-        and len(values) == 1
-        and any(other.get(name) != values for other in others)
-    }
-
-
-def _since(own: Mapping[str, set[str]], now: Mapping[str, str]) -> dict[str, str]:
-    """Return what a stale table had that its recipe has no longer."""
-    return {
-        name: f"{min(values)} (now {now.get(name, 'gone')})"
-        for name, values in sorted(own.items())
-        if _compared(name) and len(values) == 1 and values != {now.get(name)}
-    }

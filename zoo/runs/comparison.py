@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zoo.errors import ZooError, nearest
-from zoo.runs import claims, config, stats
+from zoo.runs import claims, stats
+from zoo.runs.current import group_now, is_stale
 from zoo.runs.markdown import figures
 from zoo.runs.records import Record, RecordWarning, read_all
 from zoo.runs.stats import Paired, Row, Table
 from zoo.spec import canonical, split
 
-OUTCOMES = ("win", "tie", "loss", "undecided")
+OUTCOMES = (*stats.OUTCOMES, "undecided")
 SIGNS = ("better", "equal", "worse", "unknown")
 COSTS = ("parameters", "flops", "state_bytes", "step_time_cpu", "step_time_wall")
 
@@ -53,11 +54,8 @@ class Pairing:
     @property
     def outcome(self) -> str:
         """One of `OUTCOMES`, for the first."""
-        if self.difference is None or self.difference.excludes_zero is None:
-            return "undecided"
-        if not self.difference.excludes_zero:
-            return "tie"
-        return "win" if (self.difference.mean > 0) == (self.table.mode == "max") else "loss"
+        decided = self.difference and self.difference.outcome(self.table.mode)
+        return decided or "undecided"
 
     @property
     def sign(self) -> str:
@@ -160,20 +158,6 @@ def read(folder: str | Path) -> list[Record]:
     return found
 
 
-def group_now(recipe: str) -> str | None:
-    """Return the group of the runs that a recipe makes now; None if it does not ship.
-
-    Args:
-        recipe: Name of a recipe.
-
-    Raises:
-        ZooError: The recipe cannot be loaded.
-    """
-    if recipe not in config.recipes():
-        return None
-    return config.identify(config.load(recipe, ["seed=0"])).group
-
-
 def groups_now(records: Iterable[Record]) -> dict[str, str]:
     """Return the groups that the recipes of records have now; what cannot be loaded is left out.
 
@@ -216,7 +200,7 @@ def compare(
         if len(found) == 2:
             one, other = (found[spec] for spec in pair)
             difference = stats.paired(one.values, other.values)
-            stale = table.recipe in groups and groups[table.recipe] != table.group
+            stale = is_stale(table, groups.get(table.recipe))
             pairings.append(Pairing(one, other, difference, stale))
         else:
             alone += [(table, spec) for spec in found]

@@ -29,11 +29,13 @@ from zoo.runs import _html_pictures as drawing
 from zoo.runs import claim_table, efficiency, figures, leaderboard, standings
 from zoo.runs._html_grid import Ids
 from zoo.runs._html_pictures import Picture
-from zoo.runs._html_tables import Tables, by_baseline
+from zoo.runs._html_tables import Tables
 from zoo.runs._html_text import markdown
-from zoo.runs.board import Board, Current, TableBoard, assemble, current
+from zoo.runs.board import Board, TableBoard, assemble
 from zoo.runs.claims import FOLDER, Published, published
+from zoo.runs.current import Current, current
 from zoo.runs.records import Record, read_all, replace_text
+from zoo.runs.summary import summaries
 from zoo.runs.verdicts import OUTCOMES
 
 Draw = Callable[[Entry], Picture]
@@ -146,12 +148,8 @@ def _page(
     shown: Mapping[str, Picture],
 ) -> str:
     places = [
-        {
-            "baseline": baseline,
-            "recipes": sum(len(track.counted) for track in tracks),
-            "grid": tables.places(baseline, tracks),
-        }
-        for baseline, tracks in by_baseline(board)
+        {"baseline": one.baseline, "recipes": one.recipes, "grid": tables.places(one)}
+        for one in summaries(board)
     ]
     tracks = [
         {

@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zoo.errors import ZooError
-from zoo.runs import claim_table, efficiency, standings, stats
-from zoo.runs.board import OUTCOMES, SEEDS, Board, Current, TrackBoard, assemble, current
+from zoo.runs import claim_table, efficiency, standings
+from zoo.runs.board import SEEDS, Board, TrackBoard, assemble
 from zoo.runs.claims import FOLDER, Published, published
+from zoo.runs.current import Current, current
 from zoo.runs.figures import FOLDER as FIGURES
 from zoo.runs.figures import KINDS, Picture, pictures
 from zoo.runs.figures import write as draw
 from zoo.runs.markdown import NONE, code, table, words
 from zoo.runs.records import Record, RecordWarning, read_all, replace_text
+from zoo.runs.standings import place as place_text
+from zoo.runs.stats import OUTCOMES
+from zoo.runs.summary import Line, summaries
 
 COMMAND = "zoo leaderboard"
 
@@ -227,45 +231,21 @@ def _images(found: Sequence[tuple[str, str]]) -> list[str]:
 
 def _summary(board: Board) -> list[str]:
     """Return one table for the tracks of each baseline: places and outcomes."""
-    baselines = dict.fromkeys(track.track.baseline for track in board.tracks if track.counted)
     parts = []
-    for name in baselines:
-        found = [t for t in board.tracks if t.track.baseline == name and t.counted]
-        recipes = sum(len(track.counted) for track in found)
+    for one in summaries(board):
         parts.append(
-            f"Against {code(name)}, over {recipes} recipe{'s' * (recipes != 1)}: mean place ± its "
-            "standard deviation over recipes and seeds, in brackets how many; win / tie / loss "
-            "are tables.\n"
+            f"Against {code(one.baseline)}, over {one.recipes} recipe{'s' * (one.recipes != 1)}: "
+            "mean place ± its standard deviation over recipes and seeds, in brackets how many; "
+            "win / tie / loss are tables.\n"
         )
-        parts.append(_places(name, found))
+        titles = (words(track.track.title) for track in one.tracks)
+        header = ["attention", *titles, "win / tie / loss"]
+        parts.append(table(header, [_line(line) for line in one.lines]))
     return parts or ["No table counts: all are stale.\n"]
 
 
-def _places(baseline: str, found: Sequence[TrackBoard]) -> str:
-    ranks = [track.ranks() for track in found]
-    outcomes = [track.outcomes() for track in found]
-    names = sorted({name for one in ranks for name in one})
-    total = {
-        name: [sum(one.get(name, {}).get(kind, 0) for one in outcomes) for kind in OUTCOMES]
-        for name in names
-    }
-
-    def order(name: str) -> tuple[bool, float, str]:
-        places = [one[name].mean for one in ranks if name in one]
-        return len(places) < len(found), sum(places) / len(places), name
-
-    lines = []
-    for name in sorted(names, key=order):
-        cells = [code(name)]
-        for one in ranks:
-            place = one.get(name)
-            if place is None:
-                cells.append(NONE)
-            else:
-                spread = "" if place.std is None else f" ± {place.std:.1f}"
-                cells.append(f"{place.mean:.1f}{spread} ({place.n})")
-        is_baseline = name == baseline or (stats.is_softmax(baseline) and stats.is_softmax(name))
-        cells.append("baseline" if is_baseline else " / ".join(map(str, total[name])))
-        lines.append(cells)
-    header = ["attention", *(words(track.track.title) for track in found), "win / tie / loss"]
-    return table(header, lines)
+def _line(line: Line) -> list[str]:
+    places = [NONE if place is None else place_text(place) for place in line.places]
+    counts = line.outcomes
+    outcomes = "baseline" if counts is None else " / ".join(str(counts[one]) for one in OUTCOMES)
+    return [code(line.attention), *places, outcomes]

@@ -47,9 +47,10 @@ def end(handles: Sequence[Handle], received: Sequence[int]) -> None:
         handles: The runs.
         received: Signals so far; one more ends the time of grace.
     """
+    # Counted before any run hears of its end: the answer of a quick one may be the next signal.
+    patience, deadline = len(received), time.monotonic() + GRACE
     for handle in handles:
         _signal(handle, signal.SIGTERM)
-    patience, deadline = len(received), time.monotonic() + GRACE
     for handle in handles:
         while handle.poll() is None:
             if time.monotonic() > deadline or len(received) > patience:

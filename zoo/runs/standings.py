@@ -42,6 +42,16 @@ def spread(found: Spread | None, attempts: int) -> str:
     return f"{mean} ± {std} ({seeds})"
 
 
+def place(found: Spread) -> str:
+    """Write a mean place, its deviation and the number of places.
+
+    Args:
+        found: The places.
+    """
+    deviation = "" if found.std is None else f" ± {found.std:.1f}"
+    return f"{found.mean:.1f}{deviation} ({found.n})"
+
+
 def arrow(key: Table) -> str:
     """Return an arrow towards better figures."""
     return "↑" if key.mode == "max" else "↓"

@@ -23,6 +23,9 @@ from zoo.errors import ZooError
 from zoo.runs.records import Record, sort_key
 from zoo.spec import DEFAULTS
 
+OUTCOMES = ("win", "tie", "loss")
+"""What a paired comparison may say of the first of the two."""
+
 
 class Spread(NamedTuple):
     """Mean of `n` figures and their standard deviation, which one figure alone does not have."""
@@ -47,6 +50,18 @@ class Paired(NamedTuple):
             return None
         # Equal differences leave the interval no width: the test set cannot tell them finer.
         return self.low != self.high and (self.low > 0 or self.high < 0)
+
+    def outcome(self, mode: str) -> str | None:
+        """Return one of `OUTCOMES` for the first; None without an interval.
+
+        Args:
+            mode: Whether the figure is to be "max" or "min".
+        """
+        if self.excludes_zero is None:
+            return None
+        if not self.excludes_zero:
+            return "tie"
+        return "win" if (self.mean > 0) == (mode == "max") else "loss"
 
 
 class Failure(NamedTuple):

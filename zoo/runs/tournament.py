@@ -74,7 +74,7 @@ def plan(words: Iterable[str] = ()) -> list[Match]:
             raise unknown("recipe of a track", name, every)
     chosen = asked.get("recipe") or tracks.published()
     wanted = asked.get("track") or known
-    seeds = _number(asked["seeds"][0]) if "seeds" in asked else None
+    seeds = _number(",".join(asked["seeds"])) if "seeds" in asked else None
     specs = {canonical(spec) for spec in asked.get("attention", ())}
     found: list[Match] = []
     for recipe in chosen:
@@ -208,7 +208,7 @@ def _asked(words: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 def _number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise ZooError(f"seeds={text}: it must be a whole number of at least 1")
+        raise ZooError(f"seeds={text}: it must be one whole number of at least 1")
     return int(text)
 
 
