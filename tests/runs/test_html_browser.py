@@ -7,7 +7,6 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import build
 from test_html import Page, drawn
 
 from zoo.runs import html
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def text():
+def text(make):
     figures = {
         "mha": (0.5, 0.5, 0.6),
         "linear": (0.9, 0.8, 0.9),
@@ -28,11 +27,11 @@ def text():
         "gone_plugin": (0.05, 0.06, 0.07),
     }
     records = [
-        build(attention=name, seed=seed, report=figure, parameters=10_000 + len(name))
+        make(attention=name, seed=seed, report=figure, parameters=10_000 + len(name))
         for name, row in figures.items()
         for seed, figure in enumerate(row)
     ]
-    records.append(build(attention="cog", status="nan"))
+    records.append(make(attention="cog", status="nan"))
     return html.render(records, draw=drawn)
 
 
