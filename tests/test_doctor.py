@@ -141,6 +141,32 @@ def test_a_requirement_is_judged(
         assert line.level == "ok" or line.todo.startswith("pip install '")
 
 
+@pytest.mark.parametrize(
+    ("name", "modules", "imported"),
+    [
+        ("other-name", {"another": ["Other_Name"], "third": ["other"]}, "another"),
+        ("other-name", {"_other": ["other-name"], "another": ["other-name"]}, "another"),
+        ("other-name", {"another": ["other-name"], "other_name": ["other-name"]}, "other_name"),
+        ("other-name", {"another": ["else"]}, "other_name"),
+    ],
+)
+def test_what_to_import_is_found_in_the_metadata(
+    monkeypatch: pytest.MonkeyPatch, name: str, modules: dict[str, list[str]], imported: str
+) -> None:
+    monkeypatch.setattr(metadata, "requires", lambda _: [f"{name}>=1"])
+    monkeypatch.setattr(metadata, "version", lambda _: "2")
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: modules)
+    asked = []
+    monkeypatch.setattr(software.importlib, "import_module", asked.append)
+    assert by_name(software.versions())[name].level == "ok"
+    assert asked == [imported]
+
+
+def test_what_the_library_stands_on_can_be_imported() -> None:
+    found = by_name(software.versions())
+    assert {name: line.text for name, line in found.items() if line.level == "problem"} == {}
+
+
 def test_a_library_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "brokenlib.py").write_text("raise OSError('no libcuda')")
     monkeypatch.syspath_prepend(tmp_path)

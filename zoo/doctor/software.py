@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion
 
 import zoo
@@ -21,8 +22,6 @@ EXTRAS = {
     "ray": "sweeps on a Ray cluster",
     "dev": "tests, linters and the build",
 }
-# Where the name to import is not the name to install.
-_MODULES = {"scikit-learn": "sklearn"}
 
 
 def versions() -> Iterator[Line]:
@@ -118,7 +117,7 @@ def _zoo(installed: str) -> Line:
 def _package(requirement: Requirement, load: bool = True) -> Line:
     """Say whether one package is there, is new enough and, if it is to be loaded, can be."""
     name, wanted = requirement.name, str(requirement.specifier)
-    module = _MODULES.get(name, name.replace("-", "_"))
+    module = _module(name)
     install = f"pip install '{name}{wanted}'"
     try:
         version = metadata.version(name)
@@ -142,6 +141,20 @@ def _package(requirement: Requirement, load: bool = True) -> Line:
     if not _holds(version, wanted):
         return problem(name, f"{name} {version} is outside {wanted}", install, **facts)
     return ok(name, _shown(name, version, wanted), **facts)
+
+
+def _module(name: str) -> str:
+    """Return what to import of a package, which need not be called what one installs."""
+    plain = canonicalize_name(name).replace("-", "_")
+    found = [
+        module
+        for module, owners in metadata.packages_distributions().items()
+        if canonicalize_name(name) in map(canonicalize_name, owners)
+    ]
+    if plain in found or not found:
+        return plain
+    public = sorted(module for module in found if not module.startswith("_"))
+    return public[0] if public else found[0]
 
 
 def _there(module: str) -> bool:
