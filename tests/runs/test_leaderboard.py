@@ -235,6 +235,27 @@ def test_few_seeds_and_unequal_tuning_are_pointed_out(make, three):
     assert "([0.001], [0.01])" in page
 
 
+def test_a_rate_at_the_end_of_the_grid_is_pointed_out(make):
+    best = {"mha": 0.001, "linear": 0.01, "cog": 0.003}
+    rates = (0.001, 0.003, 0.01)
+    records = [
+        make(attention=name, seed=seed, lr=lr, report=0.9 if lr == best[name] else 0.1)
+        for name in best
+        for lr in rates
+        for seed in range(3)
+    ]
+    page = render(records)
+    ends = [line for line in page.splitlines() if "At the end of the grid" in line]
+    assert ends == [
+        "- At the end of the grid: 1 of 3 rows chose the largest rate, 0.01, and might have done "
+        "better beyond it (`linear`).",
+        "- At the end of the grid: 1 of 3 rows chose the smallest rate, 0.001, and might have done "
+        "better beyond it (`mha`).",
+    ]
+    two = [record for record in records if record.lr != 0.003 and record.attention != "cog"]
+    assert "At the end of the grid" not in render(two)
+
+
 def test_further_test_metrics_are_columns(make):
     def metrics(value):
         return {"val/accuracy": 0.5, "test/accuracy": 0.5, "test_sparse/accuracy": value}

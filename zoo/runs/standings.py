@@ -197,6 +197,7 @@ def remarks(board: TableBoard, track: Track) -> str:
         notes.append(
             f"**Unequal tuning**: learning rates tried are not the same in each row ({tried})."
         )
+    notes += _edges(board)
     if board.missing:
         notes.append(f"Not run yet: {', '.join(map(code, board.missing))}.")
     for reason in sorted({str(one.reason) for one in board.absent}):
@@ -225,6 +226,21 @@ def remarks(board: TableBoard, track: Track) -> str:
         f"Commits: {_distinct(code(_short(run.commit)) for run in runs)}.",
     ]
     return "".join(f"- {note}\n" for note in notes)
+
+
+def _edges(board: TableBoard) -> list[str]:
+    """Say which rows do best at an end of the grid, so that a rate beyond might serve them more."""
+    if len(board.rates) < 3:  # of two rates each is an end
+        return []
+    notes = []
+    for kind, end in (("largest", max(board.rates)), ("smallest", min(board.rates))):
+        if names := [row.attention for row in board.rows if row.lr == end]:
+            shown = ", ".join(map(code, sorted(names)))
+            notes.append(
+                f"At the end of the grid: {len(names)} of {len(board.rows)} rows chose the {kind} "
+                f"rate, {end:g}, and might have done better beyond it ({shown})."
+            )
+    return notes
 
 
 def _absent(board: TableBoard, name: str) -> bool:
