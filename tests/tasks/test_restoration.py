@@ -154,6 +154,9 @@ def test_wrong_shapes_and_masks_are_refused(images):
         shadow_metrics(pred, target, region[:, 0])
     with pytest.raises(ZooError, match=r"region has dtype torch.float32; allowed: bool"):
         shadow_metrics(pred, target, region.float())
+    with pytest.raises(ZooError, match=r"\(3, 3, 14, 5\) is too small for SSIM; allowed: .* 6"):
+        shadow_metrics(*(x[..., :5] for x in images))
+    assert shadow_metrics(*(x[..., :6, :6] for x in images))["ssim"].isfinite().all()
 
 
 def test_figures_are_means_over_images_whatever_the_batches(images):

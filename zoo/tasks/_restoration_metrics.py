@@ -32,6 +32,8 @@ from zoo.tasks.base import Batch, Figures
 REGIONS = ("", "_shadow", "_lit")
 FLOOR = 1e-10
 """Mean squared error at which PSNR ends, 100 dB."""
+SMALLEST = 6
+"""Side of the smallest image for SSIM, whose window reaches 5 pixels beyond a pixel."""
 NAMES = (
     *(f"{name}{region}" for name in ("lab_mae", "lab_rmse", "psnr", "ssim") for region in REGIONS),
     *(f"{name}{region}_filled" for name in ("psnr", "ssim") for region in REGIONS[1:]),
@@ -101,9 +103,15 @@ def shadow_metrics(
         (B,) by name, NaN where an image lacks the region.
 
     Raises:
-        ZooError: Shapes that do not fit, or another white.
+        ZooError: Shapes that do not fit, images of fewer than 6 pixels a side, whose borders the
+            window of SSIM cannot mirror, or another white.
     """
     check_pair(pred, target, region)
+    if min(pred.shape[2:]) < SMALLEST:
+        raise ZooError(
+            f"pred of shape {tuple(pred.shape)} is too small for SSIM; allowed: a height and width "
+            f"of at least {SMALLEST}"
+        )
     if region.dtype != torch.bool:
         raise ZooError(f"region has dtype {region.dtype}; allowed: bool, True in the shadow")
     pred, target = pred.float().clamp(0, 1), target.float()
