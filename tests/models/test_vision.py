@@ -194,8 +194,11 @@ def test_a_part_that_embeds_is_added_once_below_all_layers() -> None:
     x = torch.randn(2, 16, 16)
     positions = torch.arange(16)
     assert_close(model.norm_pre(x), table.embed(x, positions), atol=0, rtol=0)
-    with pytest.raises(ZooError, match=r"'learned' both add positions.+pos='none'"):
-        vit("mha+learned", **SMALL)
+    for spec in ("mha+learned", "mha+sinusoidal"):
+        replaced = vit(spec, pos="learned", **SMALL)
+        assert replaced.pos_embed is None
+        assert type(replaced.norm_pre).__name__ == "EmbedPositions"
+    assert vit("mha+rope", **SMALL).pos_embed is not None
     with pytest.raises(ZooError, match=r"layers disagree.+'learned' and 'sinusoidal'"):
         vit("mha+sinusoidal", pos="none", **SMALL, layers={"first": "mha+learned"})
 

@@ -6,7 +6,7 @@ import pytest
 
 from zoo.errors import ZooError
 from zoo.runs import board as module
-from zoo.runs import config
+from zoo.runs import config, tracks
 from zoo.runs.board import assemble
 from zoo.runs.current import Current, current
 from zoo.runs.tracks import Contender
@@ -132,10 +132,18 @@ def test_the_group_does_not_depend_on_place_seed_rate_or_words():
     assert config.group_of({"model": {}}) is None
 
 
-def test_recipes_as_they_are_now():
-    now = current(["mqar", "of my own"])
+def test_recipes_as_they_are_now(make):
+    now = current([make(), make(recipe="of my own")])
     assert list(now) == ["mqar"]
     assert now["mqar"].group == config.identify(config.load("mqar", ["seed=7"])).group
     assert now["mqar"].rates == (0.003, 0.01, 0.02)
     assert now["mqar"].settings["model.dim"] == "32"
+
+
+def test_what_has_run_is_not_asked_whether_it_can(make, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tracks, "_refusal", lambda spec, config, data: asked.append(spec))
+    current([make(attention="linear"), make(attention="cog", status="failed")])
+    assert "linear" not in asked
+    assert {"mha", "cog"} <= set(asked)
     assert module.SEEDS == 3

@@ -171,7 +171,8 @@ def test_the_plan_can_be_restricted():
         (["seeds=3,5"], "seeds=3,5: it must be one whole number"),
         (["seeds"], "write key=value"),
         (["track=recall", "track=state"], "given twice"),
-        (["recipe=digits", "attention=gru"], "nothing to run"),
+        (["recipe=digits", "attention=gru"], "nothing to run.*digits has no 'gru': it sees earl"),
+        (["recipe=needle", "attention=learned"], "needle has no 'learned': .* longest test set"),
     ],
 )
 def test_bad_words_are_refused(words, message):

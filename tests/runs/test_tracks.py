@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import re
+
 import pytest
+import torch
 
 import zoo
 from zoo.errors import ZooError
@@ -31,8 +34,10 @@ def test_every_recipe_that_ships_belongs_to_a_track():
 def test_what_a_track_is_measured_against_can_be_hosted_by_its_recipes():
     for track in tracks.tracks():
         for recipe in tracks.recipes_of(track.name):
-            there = {one.spec: one.reason for one in tracks.contenders(recipe)}
-            for spec in (track.baseline, *track.floors):
+            specs = {canonical(spec) for spec in (track.baseline, *track.floors)}
+            found = tracks.contenders(recipe, lambda one, specs=specs: one.spec in specs)
+            there = {one.spec: one.reason for one in found}
+            for spec in specs:
                 assert there[spec] is None, (recipe, spec)
 
 
@@ -59,6 +64,25 @@ def test_whoever_cannot_be_hosted_is_named_with_the_reason():
     maps = {one.name for one in tracks.contenders("shadows")}
     assert {"identity", "triplet", "regional", "cog"} <= maps
     assert "slot" not in maps
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "reason"),
+    [
+        ("needle", "learned", r"cannot run the longest test set, of 512 tokens"),
+        ("shadows", "learned", r"'learned' has a row for each position"),
+        ("shadows", "fope", r"train_len=None of 'fope'"),
+        ("digits", "landmark", r"earlier tokens only"),
+        ("digits", "learned", None),
+        ("digits", "sinusoidal", None),
+        ("needle", "sinusoidal", None),
+    ],
+)
+def test_what_the_model_of_the_recipe_says_decides(recipe, name, reason):
+    state = torch.get_rng_state()
+    (found,) = [one.reason for one in tracks.contenders(recipe) if one.name == name]
+    assert found is None if reason is None else re.search(reason, found)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_every_contender_of_the_registry_is_a_specification():

@@ -55,7 +55,7 @@ def vit(
     Args:
         attention: Specification of the layers, or a mapping as in `zoo.spec.layout`. Parts on a
             grid are told the grid of patches; a part that embeds positions (sinusoidal) is added
-            once, below the first layer, and needs ``pos="none"``.
+            once, below the first layer, in place of the table of `pos`.
         image_shape: Channels, height and width.
         num_classes: Logits.
         patch: Side of a patch in pixels; must divide height and width.
@@ -64,7 +64,8 @@ def vit(
         heads: Heads of each layer; must divide `dim`.
         mlp_ratio: Width of the MLP over `dim`.
         layers: Layout of layers: first, last, every, other.
-        pos: "learned" adds a table to the embeddings, "none" leaves positions to the spec.
+        pos: "learned" adds a table to the embeddings unless the spec has a part that embeds
+            positions, "none" leaves positions to the spec.
         pool: What the classifier sees: avg, avgmax or max over patches, or token.
         class_token: Put a class token in front.
         registers: Further tokens in front.
@@ -100,11 +101,7 @@ def vit(
     if pool == "token" and not class_token:
         raise ZooError("pool='token' needs class_token=True")
     specs, embedding = _take_embedding(layout(attention, depth, layers))
-    if embedding is not None and pos == "learned":
-        raise ZooError(
-            f"pos='learned' and {embedding.name!r} both add positions to the embeddings; "
-            "pass pos='none' to keep the latter"
-        )
+    table = pos == "learned" and embedding is None
     model = VisionTransformer(
         img_size=(height, width),
         patch_size=patch,
@@ -120,7 +117,7 @@ def vit(
         qk_norm=qk_norm,
         class_token=class_token,
         reg_tokens=registers,
-        pos_embed="learn" if pos == "learned" else "none",
+        pos_embed="learn" if table else "none",
         pos_drop_rate=dropout,
         proj_drop_rate=dropout,
         attn_drop_rate=attention_dropout,

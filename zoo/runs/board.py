@@ -1,6 +1,6 @@
 """What the leaderboard shows, as data: tracks, tables, places, and what may not be compared.
 
-    board = assemble(records, claims, current(recipes))
+    board = assemble(records, claims, current(records))
 
 The page, the HTML and the figures are views of it. A table holds the runs that share everything but
 attention, learning rate and seed. A row has a place in it if it was made by the protocol: every

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from zoo.runs import config as configs
 from zoo.runs import tracks
+from zoo.runs.records import Record
 from zoo.runs.stats import Row, Table
 from zoo.runs.tracks import Contender
 
@@ -37,23 +38,26 @@ class Current:
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
-def current(recipes: Iterable[str]) -> dict[str, Current]:
-    """Return the recipes that ship as they are now; others are left out.
+def current(records: Iterable[Record]) -> dict[str, Current]:
+    """Return the recipes of records as they are now; those that do not ship are left out.
 
     Args:
-        recipes: Names of recipes.
+        records: The records. What finished in one of them can be hosted, and is not asked about.
     """
-    known = set(configs.recipes())
-    found = {}
-    for name in sorted(set(recipes) & known):
-        config = configs.load(name)
-        found[name] = Current(
-            _group(config),
-            tuple(sorted(config.budget.lrs)),
-            tuple(tracks.contenders(config)),
-            flat(configs.settings(config)),
-        )
-    return found
+    ran: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        ran[record.recipe] |= {record.attention} if record.status == "finished" else set()
+    return {name: _now(name, ran[name]) for name in sorted(set(ran) & set(configs.recipes()))}
+
+
+def _now(recipe: str, ran: Collection[str]) -> Current:
+    config = configs.load(recipe)
+    return Current(
+        _group(config),
+        tuple(sorted(config.budget.lrs)),
+        tuple(tracks.contenders(config, lambda one: one.spec not in ran)),
+        flat(configs.settings(config)),
+    )
 
 
 def group_now(recipe: str) -> str | None:

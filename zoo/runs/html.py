@@ -96,7 +96,7 @@ def page(folder: str | Path) -> tuple[str, int]:
     """
     records, claims = read_all(folder, recursive=True, without=FOLDER), published(folder)
     count = sum(len(runs) for one in claims for runs in one.verdict.ids.values())
-    now = current({record.recipe for record in records})
+    now = current(records)
     text = render(records, claims, now, efficiency.measurements(folder))
     return text, len(records) + count
 

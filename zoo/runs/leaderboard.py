@@ -138,7 +138,7 @@ class _Content(NamedTuple):
 
 def _read(folder: str | Path) -> _Content:
     records, claims = read_all(folder, recursive=True, without=FOLDER), published(folder)
-    now = current({record.recipe for record in records})
+    now = current(records)
     drawings = Path(folder).resolve().parent / FIGURES
     return _Content(records, claims, now, efficiency.measurements(folder), drawings)
 

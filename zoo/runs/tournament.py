@@ -19,6 +19,7 @@ from zoo.runs import stats, tracks, train
 from zoo.runs.records import Record, read
 from zoo.runs.spawn import Spawner
 from zoo.runs.sweep import Cell, SweepResult, sweep_cells
+from zoo.runs.tracks import Contender
 from zoo.spec import canonical, split
 
 KEYS = ("track", "recipe", "attention", "seeds")
@@ -76,19 +77,27 @@ def plan(words: Iterable[str] = ()) -> list[Match]:
     wanted = asked.get("track") or known
     seeds = _number(",".join(asked["seeds"])) if "seeds" in asked else None
     specs = {canonical(spec) for spec in asked.get("attention", ())}
+
+    def meant(one: Contender) -> bool:
+        return not specs or one.spec in specs or canonical(one.name) in specs
+
     found: list[Match] = []
+    refused: dict[str, str] = {}
     for recipe in chosen:
         config = configs.load(recipe)
         if config.track not in wanted:
             continue
         rates, count = tuple(config.budget.lrs), seeds or config.budget.seeds
-        for one in tracks.contenders(config):
-            if one.reason is None and (
-                not specs or one.spec in specs or canonical(one.name) in specs
-            ):
+        for one in filter(meant, tracks.contenders(config, meant)):
+            if one.reason is None:
                 found.append(Match(recipe, one.spec, rates, count))
+            else:
+                refused.setdefault(one.reason, f"{recipe} has no {one.name!r}: {one.reason}")
     if not found:
-        raise ZooError(f"nothing to run: no recipe of {_shown(asked)} hosts any of what is asked")
+        raise ZooError(
+            f"nothing to run: no recipe of {_shown(asked)} hosts any of what is asked"
+            + "".join(f"; {text}" for text in [*refused.values()][: 1 if specs else 0])
+        )
     return found
 
 

@@ -9,8 +9,8 @@ that the model cannot host is named with the reason.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 
 import zoo
 from zoo import datasets, models
+from zoo.datasets import DataModule
 from zoo.errors import ZooError, unknown
 from zoo.registry import SOCKETS, Entry
 from zoo.resources import folder
 from zoo.runs import config as configs
+from zoo.runs.build import build_task
 from zoo.spec import canonical
 
 FILE = "tracks.yaml"
@@ -141,17 +143,22 @@ def _recipes() -> list[tuple[str, str]]:
     return [(name, str(plain["track"])) for name, plain, claims in outlines if not claims]
 
 
-def contenders(recipe: str | DictConfig) -> list[Contender]:
+def contenders(
+    recipe: str | DictConfig, ask: Callable[[Contender], bool] = lambda one: True
+) -> list[Contender]:
     """Return every mechanism that might stand in the table of a recipe, baselines first.
+
+    Whether the recipe's model can host one is found out by building it.
 
     Args:
         recipe: Name of a recipe, or a configuration.
+        ask: Tells of which mechanisms to build the model; the others are taken at their word.
 
     Raises:
         ZooError: The recipe cannot be loaded.
     """
     config = configs.load(recipe) if isinstance(recipe, str) else recipe
-    hosted = models.info(config.model.name)
+    hosted, data = models.info(config.model.name), configs.data_module(config)
     kinds = set(hosted.kinds)
     entries = [e for e in map(zoo.info, zoo.list()) if e.kind in kinds and e.kind != "model"]
     fixed = track(config.track).fixed
@@ -159,7 +166,10 @@ def contenders(recipe: str | DictConfig) -> list[Contender]:
     for entry in sorted(entries, key=lambda e: (_place(e.name, fixed), e.name)):
         spec = canonical(entry.contender_in("causal" if hosted.causal else "bidirectional"))
         if spec not in found:
-            found[spec] = Contender(entry.name, spec, _reason(entry, spec, config, hosted.causal))
+            one = Contender(entry.name, spec, _reason(entry, hosted.causal))
+            if one.reason is None and ask(one):
+                one = replace(one, reason=_refusal(spec, config, data))
+            found[spec] = one
     return list(found.values())
 
 
@@ -168,17 +178,22 @@ def _place(name: str, fixed: Iterable[str]) -> int:
     return order.index(name) if name in order else len(order)
 
 
-def _reason(entry: Entry, spec: str, config: DictConfig, causal: bool) -> str | None:
-    """Say why a model cannot host a mechanism, as far as can be known without its data."""
+def _reason(entry: Entry, causal: bool) -> str | None:
+    """Say why a mechanism is out of place among others, whatever the model."""
     if causal and not entry.traits.causal:
         return "it sees later tokens, which the model has to predict"
     if not causal and not entry.traits.bidirectional and entry.kind in (*SOCKETS, "mixer"):
         return "it sees earlier tokens only, and an image has no order"
+    return None
+
+
+def _refusal(spec: str, config: DictConfig, data: DataModule) -> str | None:
+    """Return what the model of a recipe says against a mechanism; None if it can be built."""
+    asked = config.copy()
+    asked.attention = spec
     try:
-        models.check_hosted(config.model.name, spec)
-        if entry.kind in SOCKETS and {"heads", "dim"} <= set(config.model):
-            options = {"causal": causal, "max_len": 64, "depth": int(config.model.depth)}
-            zoo.create(spec, config.model.dim, config.model.heads, **options)
+        with torch.random.fork_rng(devices=[]):
+            build_task(asked, data)
     except ZooError as error:
         return " ".join(str(error).split())
     return None
