@@ -256,6 +256,25 @@ def test_a_rate_at_the_end_of_the_grid_is_pointed_out(make):
     assert "At the end of the grid" not in render(two)
 
 
+def test_a_figure_that_is_the_same_in_every_row_is_a_remark(make):
+    def metrics(value):
+        return {"val/accuracy": 0.5, "test/accuracy": value, "test/input": 7.25}
+
+    records = [
+        make(attention=name, seed=seed, metrics=metrics(0.5 + seed / 10))
+        for name in ("mha", "linear")
+        for seed in range(3)
+    ]
+    page = render(records)
+    assert "- The same in every row: `test/input` 7.2500." in page
+    assert "`test/input` |" not in page
+    records[0] = make(attention="mha", metrics={**metrics(0.5), "test/input": 7.5})
+    page = render(records)
+    assert "The same in every row" not in page
+    assert "`test/input` |" in page
+    assert "`test/input` |" in render(records[3:])  # one row is not compared with any
+
+
 def test_further_test_metrics_are_columns(make):
     def metrics(value):
         return {"val/accuracy": 0.5, "test/accuracy": 0.5, "test_sparse/accuracy": value}

@@ -121,11 +121,26 @@ def _standings(board: TableBoard, track: Track) -> str:
 def extra_figures(board: TableBoard) -> list[str]:
     """Return the further figures of a table that say more than the reported one in other units.
 
+    Those that are the same in every row say nothing of the rows, and stand in a remark.
+
     Args:
         board: The table.
     """
+    return [name for name in _further(board) if _constant(board, name) is None]
+
+
+def _further(board: TableBoard) -> list[str]:
     names = sorted({name for row in board.rows for name in row.extra})
     return [name for name in names if name.rpartition("/")[2] not in _REPEATED]
+
+
+def _constant(board: TableBoard, name: str) -> float | None:
+    """Return what a figure is at every seed of every row, if it is one number."""
+    if len(board.rows) < 2:
+        return None
+    values = [row.extra.get(name) for row in board.rows]
+    means = {None if one is None or one.std != 0 else one.mean for one in values}
+    return means.pop() if len(means) == 1 else None
 
 
 def _name(track: Track) -> str:
@@ -198,6 +213,9 @@ def remarks(board: TableBoard, track: Track) -> str:
             f"**Unequal tuning**: learning rates tried are not the same in each row ({tried})."
         )
     notes += _edges(board)
+    same = {name: _constant(board, name) for name in _further(board)}
+    if fixed := [f"{code(k)} {figures(v)[0]}" for k, v in same.items() if v is not None]:
+        notes.append(f"The same in every row: {', '.join(fixed)}.")
     if board.missing:
         notes.append(f"Not run yet: {', '.join(map(code, board.missing))}.")
     for reason in sorted({str(one.reason) for one in board.absent}):
