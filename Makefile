@@ -55,8 +55,9 @@ gpu: install
 	@$(BIN)/zoo kernels
 
 lint: install
-	@echo "==> ruff and mypy"
+	@echo "==> ruff, mypy and the direction of imports"
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache --no-logo > $(VENV)/imports.txt 2>&1 || { cat $(VENV)/imports.txt; exit 1; }
 
 format: install
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
@@ -65,10 +66,10 @@ leaderboard: install
 	@$(BIN)/zoo leaderboard
 
 readme: install
-	@$(BIN)/python -m zoo.catalogue README.md
+	@$(BIN)/python -m zoo.docs.catalogue README.md
 
 docs: readme
-	@$(BIN)/python -m zoo.compositions docs/compositions.md
+	@$(BIN)/python -m zoo.docs.compositions docs/compositions.md
 	@$(BIN)/python -m zoo.bench.pages docs/performance.md
 
 clean:

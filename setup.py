@@ -7,7 +7,7 @@ setup(
     package_dir={"zoo._recipes": "recipes", "zoo._data": "data"},
     package_data={
         "zoo": ["py.typed"],
-        "zoo.runs": ["_html/*"],
+        "zoo.leaderboard.page": ["_html/*"],
         "zoo._recipes": ["**/*.yaml"],
         "zoo._data": ["**/*.yaml", "runs/**/*.json", "bench/*.json"],
     },

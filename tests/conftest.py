@@ -28,9 +28,8 @@ if not GPU:
 torch.set_num_threads(1)
 
 # The asserts of the shared helpers should explain themselves like those of the tests.
-pytest.register_assert_rewrite(
-    "tolerances", *(path.stem for path in Path(__file__).parent.glob("contract*.py"))
-)
+pytest.register_assert_rewrite("zoo.testing")
+pytest_plugins = ["processor_time", "record_fixtures"]
 
 settings.register_profile("zoo", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("zoo")
@@ -98,7 +97,7 @@ def golden() -> Callable[[str], tuple[dict[str, Tensor], dict[str, Any]]]:
 @pytest.fixture
 def many_strips() -> Iterator[None]:
     """Make the engine cut even tiny passes into many strips of rows and samples."""
-    from contract_subject import tiny_strips
+    from zoo.testing.subject import tiny_strips
 
     with tiny_strips():
         yield

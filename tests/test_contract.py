@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from contract import CONTRACTS, JOINT, owed
-from contract_subject import Build, variants
 
 import zoo
+from zoo.host.spec import DEFAULTS, parse
 from zoo.registry import SOCKETS
-from zoo.spec import DEFAULTS, parse
+from zoo.testing.contract import CONTRACTS, JOINT, owed
+from zoo.testing.subject import Build, variants
 
 SPECS = [spec for name in zoo.list() for spec in variants(zoo.info(name))]
 CASES = [(spec, name) for spec in SPECS for name in owed(Build(spec))]

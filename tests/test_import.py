@@ -12,7 +12,7 @@ HEAVY = (
     *("typer", "rich", "sklearn", "scipy", "pandas", "transformers", "ray", "torchvision"),
 )
 STAGES = (
-    "import zoo, zoo.attention, zoo.engine, zoo.routes",
+    "import zoo, zoo.host.attention, zoo.host.engine, zoo.host.routes",
     "assert 'mha' in zoo.list()",
     "zoo.create('gqa+none', 8, 2)(torch.zeros(1, 3, 8)).sum().backward()",
     "import omegaconf",  # heavy: to see that it would be seen

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import zoo
-from zoo import catalogue, registry
+from zoo import registry
+from zoo.docs import catalogue
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

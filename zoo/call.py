@@ -9,15 +9,13 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from zoo.cache import LayerCache
 from zoo.errors import ZooError
-
-if TYPE_CHECKING:
-    from zoo.cache import LayerCache
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ decoding and memory are the engine's business.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from zoo.cache import LayerCache
 from zoo.call import (
     Call,
     Layout,
@@ -28,23 +30,20 @@ from zoo.call import (
 from zoo.errors import ZooError
 from zoo.registry import Traits
 
-if TYPE_CHECKING:
-    from zoo.attention import Attention
-    from zoo.cache import LayerCache
-    from zoo.routes import Route
-
-
 __all__ = (
     "Attend",
     "Call",
     "Combine",
+    "Host",
     "Layout",
     "Normalize",
     "Part",
     "Position",
     "Project",
+    "Route",
     "Score",
     "Select",
+    "Stations",
     "Strip",
     "advance",
     "build",
@@ -103,10 +102,10 @@ class Part(nn.Module):
         """How many positions `place` may need for `length` tokens."""
         return length
 
-    def attach(self, host: Attention) -> None:
+    def attach(self, host: Host) -> None:
         """Look at the other parts of `host`, once all of them are built."""
 
-    def incompatible(self, host: Attention) -> str | None:
+    def incompatible(self, host: Host) -> str | None:
         """Reason why this part cannot work in `host`, naming the other part, or None."""
         return None
 
@@ -275,7 +274,7 @@ class Normalize(Part):
         """Change the heads' outputs (B, heads, N, v_dim) before they are combined."""
         return y
 
-    def recall(self, host: Attention, call: Call) -> Tensor:
+    def recall(self, host: Host, call: Call) -> Tensor:
         """Outputs of the heads (B, heads, N, v_dim) from the new tokens and what `recalls` kept.
 
         Queries and keys of the call are those of the new tokens, not rotated; whatever later
@@ -321,6 +320,123 @@ class Combine(Part):
             (B, N, C).
         """
         raise ZooError(f"{type(self).__name__} does not define forward")
+
+
+@dataclass
+class Stations:
+    """The parts that the engine runs.
+
+    Args:
+        score: Compares.
+        select: Hides.
+        normalize: Weighs.
+        position: Biases the scores.
+        heads: Heads that come out of the normalizer; None for as many as the scores have.
+    """
+
+    score: Score
+    select: Select
+    normalize: Normalize
+    position: Position
+    heads: int | None = None
+
+
+class Host(Protocol):
+    """What parts may ask of the layer that holds them; `zoo.Attention` is the one there is.
+
+    Args:
+        dim: Channels C.
+        heads: Heads H.
+        kv_heads: Key/value heads.
+        head_dim: Width of a head.
+        causal: Query i sees keys 0..i only.
+        dropout: Probability on the weights, in training.
+        scale: Factor on dot products.
+        spec: Canonical specification.
+        layout: Head counts and widths after the normalizer's say.
+        part_names: Registry name by socket.
+        route: "auto", or the route to take.
+        training: Whether the layer is in training.
+        q_norm: Norm of the queries' heads, or None.
+        k_norm: Norm of the keys' heads, or None.
+        project: The part of that socket, like those below; `attend` excludes score, select and
+            normalize.
+    """
+
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool
+    dropout: float
+    scale: float
+    spec: str
+    layout: Layout
+    part_names: dict[str, str]
+    training: bool
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    project: Project
+    position: Position
+    score: Score
+    select: Select
+    normalize: Normalize
+    combine: Combine
+    attend: Attend | None
+
+    @property
+    def route(self) -> str:
+        """Route to take: "auto" or a name."""
+
+    @property
+    def traits(self) -> Traits:
+        """What this combination of parts promises."""
+
+    @property
+    def parts(self) -> Stations:
+        """The four parts that the strip engine runs."""
+
+    @property
+    def recording(self) -> bool:
+        """Whether passes are captured, so that all heads are wanted."""
+
+    def socket_parts(self) -> list[Part]:
+        """The parts in use, in the order of the sockets."""
+
+    def recalls(self, cache: LayerCache | None) -> bool:
+        """Whether the normalizer keeps the memory itself."""
+
+    def prepare(self, call: Call) -> Call:
+        """Let the parts prepare a pass."""
+
+    def mix(self, call: Call) -> Tensor:
+        """Outputs of the heads, (B, heads, N, v_dim), of a prepared pass."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """A way to compute a pass.
+
+    Args:
+        name: Short name, used in explanations and as the host's `route` argument.
+        refuse: Reason why the route cannot take this pass, or None.
+        run: Outputs of the heads, (B, heads, N, v_dim).
+        auto: Whether a host may take it without being told to. The straightforward form of a
+            mechanism is a route that only its name brings: something to compare with.
+        packed: Whether it keeps packed sequences (`call.cu_seqlens`) apart.
+    """
+
+    name: str
+    refuse: Callable[[Host, Call], str | None]
+    run: Callable[[Host, Call], Tensor]
+    auto: bool = True
+    packed: bool = False
+
+    def reason(self, host: Host, call: Call) -> str | None:
+        """Why the route cannot take this pass, or None."""
+        if call.cu_seqlens is not None and not self.packed:
+            return "it does not keep packed sequences apart"
+        return self.refuse(host, call)
 
 
 def build(cls: type, facts: Mapping[str, Any], options: Mapping[str, Any]) -> Any:

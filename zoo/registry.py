@@ -337,7 +337,7 @@ def register(
         parameters: Parameter count as an expression of host facts and options.
         aliases: Further names.
         layers: The paper's layout of layers, used by models when none is given: the keys of
-            `zoo.spec.layout` with "plain" (the socket's default), "same" (this part) or another
+            `zoo.host.spec.layout` with "plain" (the default of the socket), "same" (this part) or a
             part for the socket.
         notes: Remarks.
         contender: Specification under which it stands in the leaderboard, whose sequences are
@@ -408,10 +408,8 @@ def discover() -> None:
     if _discovered:
         return
     _discovered = True
-    import zoo
-
     for kind in KINDS:
-        package_name = f"{zoo.__name__}.{_PACKAGES.get(kind, kind)}"
+        package_name = f"{__package__}.{_PACKAGES.get(kind, kind)}"
         try:
             package = importlib.import_module(package_name)
         except ModuleNotFoundError as error:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract_subject import draw, settle
-from tolerances import assert_close
 from torch.nn.functional import silu
 
 import zoo
-from zoo import _linear_work
-from zoo._linear_features import ACTIVATIONS, Features
 from zoo.attend import _norm_gate
 from zoo.attend.lightning import (
     FORMS,
@@ -20,7 +16,11 @@ from zoo.attend.lightning import (
     srms_norm,
 )
 from zoo.cache import LayerCache
-from zoo.linear_core import chunked_linear_attention
+from zoo.ops import _linear_work
+from zoo.ops._linear_features import ACTIVATIONS, Features
+from zoo.ops.linear import chunked_linear_attention
+from zoo.testing.subject import draw, settle
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = [
     {},

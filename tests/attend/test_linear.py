@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract_subject import draw, settle
-from tolerances import assert_close
 
 import zoo
-from zoo import flops
 from zoo.attend.linear import linear_attention_reference
+from zoo.ops import flops
+from zoo.testing.subject import draw, settle
+from zoo.testing.tolerances import assert_close
 
 
 def build(causal=True, spec="linear", **options):

@@ -10,11 +10,12 @@ from claim_examples import write
 from rich.console import Console
 from typer.testing import Result
 
+from zoo.claims import trials as claims
+from zoo.claims import verdicts
+from zoo.claims.trials import find
 from zoo.cli.claims import _print
-from zoo.runs import claims, verdicts
-from zoo.runs.claims import find
-from zoo.runs.sweep import Cell, SweepResult
 from zoo.runs.train import run
+from zoo.sweeps.sweep import Cell, SweepResult
 
 Call = Callable[..., Result]
 
@@ -133,8 +134,8 @@ def test_the_claims_that_ship_are_listed(
 ) -> None:
     folder = example.records.parent / "recipes"
     (folder / "claims").mkdir(parents=True)
-    for module in ("config", "claims"):
-        monkeypatch.setattr(f"zoo.runs.{module}.folder", lambda name: folder)
+    for module in ("runs.config", "claims.trials"):
+        monkeypatch.setattr(f"zoo.{module}.folder", lambda name: folder)
     none = zoo_cli("claims", *options(example))
     assert (none.exit_code, none.stdout) == (0, "")
     assert none.stderr == "no claims ship with this installation\n"

@@ -10,8 +10,8 @@ from typer.testing import Result
 
 from zoo.cli.cluster import complete, spawner
 from zoo.errors import ZooError
-from zoo.runs import cluster
-from zoo.runs.sweep import SweepResult
+from zoo.sweeps import cluster
+from zoo.sweeps.sweep import SweepResult
 
 Call = Callable[..., Result]
 
@@ -91,7 +91,8 @@ def test_a_sweep_is_given_the_cluster(
     zoo_cli: Call, places: type[Places], monkeypatch: pytest.MonkeyPatch, words: list[str],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    from zoo.runs import sweep, tournament
+    from zoo.leaderboard import tournament
+    from zoo.sweeps import sweep
 
     given = []
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from zoo.runs import html, records, train
+from zoo.leaderboard.page import html
+from zoo.runs import records, train
 
 Call = Callable[..., Result]
 

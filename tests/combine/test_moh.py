@@ -9,12 +9,9 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from contract_subject import draw, settle
-from tolerances import assert_close
 from torch import Tensor
 
 import zoo
-from zoo import flops
 from zoo.combine import _selected_rows, moh
 from zoo.combine._selected_rows import SelectedRows
 from zoo.combine.moh import (
@@ -24,9 +21,12 @@ from zoo.combine.moh import (
     moh_reference,
     query_norm_gates_reference,
 )
-from zoo.models.decoder_lm import DecoderLM
+from zoo.models.language.decoder_lm import DecoderLM
+from zoo.ops import flops
 from zoo.parts import Layout
 from zoo.project.mha import MHA
+from zoo.testing.subject import draw, settle
+from zoo.testing.tolerances import assert_close
 
 # Not with shared_heads=2: there a choice of the contracts' tokens is so close that rounding the
 # router to bfloat16 turns it. Its second stage is tried here.
@@ -71,7 +71,7 @@ def test_golden_with_gradients(golden, variant, route):
     options |= {"aux_weight": config["aux_coeff"], "bias": True}
     attn = build(dim=config["dim"], heads=config["num_heads"], **options)
     if route == "moh_skip" and variant == "shared_only":
-        assert "moh_skip" not in zoo.attention.routes.names(attn), "nothing to skip"
+        assert "moh_skip" not in zoo.host.attention.routes.names(attn), "nothing to skip"
         return
     attn.route = route
     names = {"project.qkv": "qkv", "combine.proj": "proj"}

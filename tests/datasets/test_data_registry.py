@@ -22,7 +22,7 @@ def test_the_list_is_sorted_and_holds_every_module_that_registers():
     names = datasets.list()
     assert names == sorted(names)
     folder = Path(registry.__file__).parent
-    modules = [f for f in folder.glob("*.py") if "\n@dataset(" in f.read_text()]
+    modules = [f for f in folder.rglob("*.py") if "\n@dataset(" in f.read_text()]
     assert len(names) == len(modules)
     assert {"mqar", "bytes_stdlib", "digits"} <= set(names)
 
@@ -64,7 +64,7 @@ def test_names_are_taken_once_and_in_snake_case(monkeypatch):
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     with pytest.raises(ZooError, match="not snake_case"):
         dataset("Mqar")
-    with pytest.raises(ZooError, match=r"'mqar' is taken by zoo\.datasets\.mqar\.MQAR"):
+    with pytest.raises(ZooError, match=r"'mqar' is taken by zoo\.datasets\.synthetic\.mqar\.MQAR"):
         dataset("mqar")(DataModule)
 
 

@@ -13,7 +13,8 @@ import huggingface_hub.constants
 import pytest
 
 from zoo import datasets
-from zoo.datasets import fashion_mnist, hub
+from zoo.datasets import hub
+from zoo.datasets.vision import fashion_mnist
 from zoo.errors import ZooError
 
 NEEDS_HUB = {

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from contract_subject import draw
-from tolerances import assert_close
 
 import zoo
 from zoo.errors import ZooError
+from zoo.testing.subject import draw
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = [{}, {"kernel_size": 5}]
 

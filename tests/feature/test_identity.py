@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from contract_subject import draw
 
 import zoo
+from zoo.testing.subject import draw
 
 
 def test_it_gives_back_its_input():

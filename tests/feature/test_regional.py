@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from contract_subject import draw
-from tolerances import assert_close
 from torch import Tensor
 
 import zoo
 from zoo.errors import ZooError
 from zoo.feature.regional import RegionalAttention, regional_attention_reference
+from zoo.testing.subject import draw
+from zoo.testing.tolerances import assert_close
 
 # Windows of 11 x 11 two apart fill a map of 6 x 6 up to 22 x 22; these fit, and leave things out.
 CONTRACT_OPTIONS = [

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from contract_subject import draw, settle
-from tolerances import assert_close
 from torch import nn
 
 import zoo
@@ -14,6 +12,8 @@ from zoo import models
 from zoo.errors import ZooError
 from zoo.feature._residual_units import Unit, sigmoid_gate
 from zoo.feature.residual import AttentionModule
+from zoo.testing.subject import draw, settle
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = [
     {},

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract_subject import draw
-from tolerances import assert_close
 
 import zoo
 from zoo.errors import ZooError
+from zoo.testing.subject import draw
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = [{}, {"rd_ratio": 0.5}]
 

@@ -8,17 +8,17 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from contract_subject import draw
-from tolerances import assert_close
 
 import zoo
-from zoo import flops
 from zoo.errors import ZooError
 from zoo.feature import _triplet_maps, _triplet_planes
 from zoo.feature._triplet_planes import PlaneConv
 from zoo.feature.triplet import TripletAttention
-from zoo.models.vision import resnet
-from zoo.spec import canonical
+from zoo.host.spec import canonical
+from zoo.models.vision.hosts import resnet
+from zoo.ops import flops
+from zoo.testing.subject import draw
+from zoo.testing.tolerances import assert_close
 from zoo.timm import feature, init_special
 
 CONTRACT_OPTIONS = [

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import ZooError
 from zoo.kernels import refuse
+from zoo.testing.tolerances import assert_close
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

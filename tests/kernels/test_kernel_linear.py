@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import ZooError
+from zoo.testing.tolerances import assert_close
 
 pytest.importorskip("triton", reason="kernels need triton")
 

@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tolerances import assert_close, rms
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import ZooError
+from zoo.testing.tolerances import assert_close, rms
 
 pytest.importorskip("triton", reason="the kernels need triton")
 

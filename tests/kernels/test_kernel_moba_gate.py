@@ -10,12 +10,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import ZooError
+from zoo.testing.tolerances import assert_close
 
 pytest.importorskip("triton", reason="the kernels need triton")
 

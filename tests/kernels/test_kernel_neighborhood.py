@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.testing.tolerances import assert_close
 
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton")
 

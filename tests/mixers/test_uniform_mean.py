@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract_subject import draw, settle
-from tolerances import assert_close
 
 import zoo
 from zoo.mixers.uniform_mean import uniform_mean_reference
+from zoo.testing.subject import draw, settle
+from zoo.testing.tolerances import assert_close
 
 
 def build(causal=True, **options):

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from contract_subject import draw, settle
-from tolerances import assert_close
 from torch.func import functional_call, grad, vmap
 
 import zoo
-from zoo.models.decoder_lm import DecoderLM
+from zoo.host.spec import layout
+from zoo.models.language.decoder_lm import DecoderLM
 from zoo.normalize.cog import cog_attention, cog_attention_reference
-from zoo.spec import layout
+from zoo.testing.subject import draw, settle
+from zoo.testing.tolerances import assert_close
 
 ROUTES = ("engine", "dense", "cog_strips", "reference")
 FORMS = (cog_attention, cog_attention_reference)

@@ -7,11 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from contract_subject import draw, settle
-from tolerances import assert_close
 
 import zoo
-from zoo.models.decoder_lm import DecoderLM
+from zoo.models.language.decoder_lm import DecoderLM
 from zoo.normalize.differential import (
     Differential,
     differential_attention_reference,
@@ -19,6 +17,8 @@ from zoo.normalize.differential import (
     pair_keys,
 )
 from zoo.parts import Layout
+from zoo.testing.subject import draw, settle
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = [{}, {"kv_grouping": "official"}]
 ROUTES = ("auto", "engine", "dense")

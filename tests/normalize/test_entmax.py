@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract_subject import draw, settle
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import zoo
 from zoo.normalize.entmax import entmax, entmax_reference
+from zoo.testing.subject import draw, settle
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = {"entmax": [{}, {"alpha": 1.25}], "sparsemax": [{}]}
 ALPHAS = (1.05, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)

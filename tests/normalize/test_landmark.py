@@ -8,13 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from contract_subject import draw, settle, tiny_strips
-from tolerances import assert_close
 from torch import nn
 from torch.func import grad, vmap
 
 import zoo
-from zoo.models.decoder_lm import DecoderLM
+from zoo.models.language.decoder_lm import DecoderLM
 from zoo.normalize.landmark import (
     grouped_softmax,
     insert_landmarks,
@@ -22,6 +20,8 @@ from zoo.normalize.landmark import (
     landmark_attention_reference,
     landmark_targets,
 )
+from zoo.testing.subject import draw, settle, tiny_strips
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = [{"block": 3}]
 ROUTES = ("engine", "dense", "landmark_blocks", "reference")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract_subject import draw, tiny_strips
-from tolerances import assert_close
 
 import zoo
 from zoo.normalize._landmark_memory import MARKS, Memory
+from zoo.testing.subject import draw, tiny_strips
+from zoo.testing.tolerances import assert_close
 
 LENGTH = 23
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract_subject import draw, settle
-from tolerances import assert_close
 
 import zoo
-from zoo.models.decoder_lm import DecoderLM
+from zoo.models.language.decoder_lm import DecoderLM
 from zoo.normalize.talking_heads import talking_heads_reference
+from zoo.testing.subject import draw, settle
+from zoo.testing.tolerances import assert_close
 
 
 def noisy(causal=False, heads=3, dim=12):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerances import assert_close
 
 import zoo
-from zoo.engine import strips
+from zoo.host.engine import strips
 from zoo.parts import Normalize
 from zoo.position.alibi import alibi_reference, alibi_slopes
+from zoo.testing.tolerances import assert_close
 
 ROUTES = ("dense", "engine", "sdpa_strips")
 
@@ -122,7 +122,7 @@ def test_far_keys_get_less_than_near_ones():
 def test_term_alone_and_with_scores(batched):
     attn = zoo.create("alibi", 12, 3)
     positions = torch.randint(0, 30, (2, 5)) if batched else torch.arange(5)
-    call = attn._call(torch.randn(2, 5, 12), None, None, None, positions, None, None)
+    call = attn.begin(torch.randn(2, 5, 12), positions=positions)
     (strip,) = strips(call, attn.select)
     scores = torch.randn(2, 3, 5, 5)
     term = attn.position.bias(strip, None)
@@ -133,7 +133,7 @@ def test_term_alone_and_with_scores(batched):
 def test_two_maps_of_a_head_share_its_slope():
     attn = zoo.create(f"{__name__}:Difference+alibi", 12, 3)
     assert attn.layout.score_heads == 6
-    call = attn._call(torch.randn(1, 4, 12), None, None, None, None, None, None)
+    call = attn.begin(torch.randn(1, 4, 12))
     (strip,) = strips(call, attn.select)
     term = attn.position.bias(strip, None)
     assert_close(term[0, :, 3, 0], -3 * alibi_slopes(3).repeat_interleave(2))
@@ -142,7 +142,7 @@ def test_two_maps_of_a_head_share_its_slope():
 def test_half_precision_tells_large_distances_apart():
     attn = zoo.create("alibi", 16, 8, dtype=torch.bfloat16)
     x = torch.zeros(1, 3, 16, dtype=torch.bfloat16)
-    call = attn._call(x, None, None, None, torch.tensor([0, 1000, 1001]), None, None)
+    call = attn.begin(x, positions=torch.tensor([0, 1000, 1001]))
     (strip,) = strips(call, attn.select)
     term = attn.position.bias(strip, attn.score(strip))
     assert_close(term[0, :, 0, 2] - term[0, :, 0, 1], -alibi_slopes(8))

@@ -7,17 +7,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from contract_subject import draw, settle
-from tolerances import assert_close
 from torch._dynamo.exc import Unsupported
 
 import zoo
 from zoo.errors import CompatibilityError, ZooError
-from zoo.models.decoder_lm import DecoderLM
+from zoo.models.language.decoder_lm import DecoderLM
 from zoo.parts import repeat_heads
 from zoo.position import _cope_strips as fast
 from zoo.position._cope_strips import cope_attention
 from zoo.position.cope import CoPE, cope_attention_reference, position_logits
+from zoo.testing.subject import draw, settle
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = [
     {},

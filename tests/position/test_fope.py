@@ -9,7 +9,6 @@ import pickle
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
@@ -17,11 +16,12 @@ from torch.nn.utils import parametrize
 
 import zoo
 from zoo.errors import ZooError
-from zoo.models.decoder_lm import DecoderLM
+from zoo.models.language.decoder_lm import DecoderLM
 from zoo.parts import Layout
 from zoo.position import fope
 from zoo.position.fope import FoPE, fope_reference
 from zoo.position.rope import RoPE, rope_frequencies
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = [
     {},

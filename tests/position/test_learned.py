@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerances import assert_close
 
 import zoo
 from zoo.errors import ZooError
 from zoo.position.learned import Learned, learned_reference
+from zoo.testing.tolerances import assert_close
 
 
 def test_adds_the_row_of_each_position():

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from tolerances import assert_close
 
 import zoo
 from zoo.errors import ZooError
 from zoo.parts import Layout
 from zoo.position import rope
 from zoo.position.rope import RoPE, rope_frequencies, rope_permute, rope_reference
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = [
     {},

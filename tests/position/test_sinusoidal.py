@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from tolerances import assert_close
 
 import zoo
 from zoo.errors import ZooError
 from zoo.position.sinusoidal import Sinusoidal, sinusoidal_reference, sinusoidal_table
+from zoo.testing.tolerances import assert_close
 
 
 @pytest.mark.parametrize("dim", [1, 2, 5, 8])

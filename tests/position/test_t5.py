@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from tolerances import assert_close
 
 import zoo
-from zoo.engine import strips
 from zoo.errors import ZooError
+from zoo.host.engine import strips
 from zoo.position.t5 import t5_buckets, t5_reference
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = [{}, {"buckets": 4, "max_distance": 5}]
 ROUTES = ("dense", "engine", "sdpa_strips")
@@ -149,7 +149,7 @@ def test_only_distances_matter(causal):
 def test_term_alone_and_with_scores(batched):
     attn = zoo.create("differential+t5", 16, 2, causal=True)
     positions = torch.randint(0, 30, (2, 5)) if batched else torch.arange(5)
-    call = attn._call(torch.randn(2, 5, 16), None, None, None, positions, None, None)
+    call = attn.begin(torch.randn(2, 5, 16), positions=positions)
     (strip,) = strips(call, attn.select)
     scores = torch.randn(2, 4, 5, 5)
     term = attn.position.bias(strip, None)

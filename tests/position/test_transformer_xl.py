@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
-from zoo.engine import strips
 from zoo.errors import ZooError
+from zoo.host.engine import strips
 from zoo.position.transformer_xl import relative_sinusoid, transformer_xl_reference
+from zoo.testing.tolerances import assert_close
 
 ROUTES = ("dense", "engine")
 
@@ -51,7 +51,7 @@ def double_loop(attn, x, positions, context=None, context_positions=None):
 def scores(attn, x, context=None, **inputs):
     """Scores of all strips put together, before masks; and whether the shift form made them."""
     positions, others = inputs.get("positions"), inputs.get("context_positions")
-    call = attn._call(x, context, None, None, positions, others, None)
+    call = attn.begin(x, context, positions=positions, context_positions=others)
     out = torch.zeros(*call.q.shape[:3], call.k.shape[2], dtype=torch.float64)
     for strip in strips(call, attn.select):
         out[strip.batch, :, strip.rows, strip.keys] = attn.position.bias(strip, attn.score(strip))

@@ -7,17 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract import CONTRACTS, owed
-from contract_subject import Build, draw, settle
-from tolerances import assert_close
 
 import zoo
-from zoo import routes
-from zoo.models.decoder_lm import DecoderLM
+from zoo.host import routes
+from zoo.models.language.decoder_lm import DecoderLM
 from zoo.parts import Layout, Select
 from zoo.project.mha import MHA
 from zoo.project.mhe import MHE, MODES, mhe_attention_reference
 from zoo.registry import unregister
+from zoo.testing.contract import CONTRACTS, owed
+from zoo.testing.subject import Build, draw, settle
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = [{}]
 ADD = "mhe(mode=add)"

@@ -17,8 +17,8 @@ from zoo.datasets.base import IGNORE
 from zoo.errors import ZooError
 from zoo.runs import config, records
 from zoo.runs.setting import setting, shared_cores
-from zoo.runs.sweep import sweep_cells
 from zoo.runs.train import run
+from zoo.sweeps.sweep import sweep_cells
 from zoo.tasks import Optim, find
 
 TWO = {"trainer__devices": 2, "trainer__strategy": "ddp"}

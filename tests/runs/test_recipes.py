@@ -7,10 +7,11 @@ import math
 import pytest
 
 from zoo import models
+from zoo.claims.recipes import claim
 from zoo.errors import ZooError
-from zoo.models.decoder_lm import DecoderLM
+from zoo.models.language.decoder_lm import DecoderLM
 from zoo.runs.build import build_task
-from zoo.runs.config import claim, data_module, load, recipes
+from zoo.runs.config import data_module, load, recipes
 from zoo.runs.train import run
 
 # What they train on has to be fetched; all others come with the packages or are generated.
@@ -111,7 +112,7 @@ def test_parts_of_three_sockets_fit_into_the_model_of_every_claim(name):
 
 @pytest.mark.parametrize("name", sorted(HUB))
 def test_a_recipe_without_its_data_names_the_embedded_alternative(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("zoo.datasets.fashion_mnist.PACKAGE_FOLDER", tmp_path / "nothing")
+    monkeypatch.setattr("zoo.datasets.vision.fashion_mnist.PACKAGE_FOLDER", tmp_path / "nothing")
     with pytest.raises(ZooError, match=HUB[name]) as caught:
         run(name, SHORT, records=tmp_path / "records", runs=tmp_path / "runs", quiet=True)
     assert "root=FOLDER" in str(caught.value)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.errors import ZooError
-from zoo.runs import records
+from zoo.report import files
 from zoo.runs.records import Record, RecordWarning, read, read_all, write
 
 NAMES = [item.name for item in fields(Record)]
@@ -212,7 +212,7 @@ def test_a_write_that_breaks_leaves_the_old_record(make, tmp_path, monkeypatch, 
         raise problem
 
     with monkeypatch.context() as patch:
-        patch.setattr(records.os, step, fail)
+        patch.setattr(files.os, step, fail)
         with pytest.raises((ZooError, KeyboardInterrupt)) as caught:
             write(make(id="run", seed=2), tmp_path)
     if isinstance(problem, OSError):

@@ -54,7 +54,11 @@ def killed(tmp_path_factory):
         for kind, number in KILLS
     ]
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("kills.py")), json.dumps(cases)],
+        [
+            sys.executable,
+            str(Path(__file__).parents[1] / "support" / "kills.py"),
+            json.dumps(cases),
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -17,7 +17,7 @@ from tiny import outcome, tiny
 import zoo
 from zoo.datasets import IGNORE
 from zoo.errors import CompatibilityError, ZooError
-from zoo.models.decoder_lm import DecoderLM
+from zoo.models.language.decoder_lm import DecoderLM
 from zoo.runs import records, training
 from zoo.runs.build import restore
 from zoo.runs.callbacks import Keeper

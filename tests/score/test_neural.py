@@ -6,17 +6,17 @@ import math
 
 import pytest
 import torch
-from contract_subject import draw, settle
-from tolerances import assert_close
 from torch.func import functional_call, grad, vmap
 
 import zoo
-from zoo import engine
 from zoo.bench.memory import peak
 from zoo.errors import CompatibilityError
-from zoo.models.decoder_lm import DecoderLM
+from zoo.host import engine
+from zoo.models.language.decoder_lm import DecoderLM
 from zoo.score._neural_strips import neural_attention_strips, tiles
 from zoo.score.neural import Neural, neural_scores_reference, uniform_rows
+from zoo.testing.subject import draw, settle
+from zoo.testing.tolerances import assert_close
 
 # At the sizes of the contracts the default's only unit of the second layer is on everywhere, so
 # that its bias has no gradient but rounding.
@@ -356,7 +356,7 @@ def test_a_scale_is_refused(scale):
 
 def test_first_layer_is_split_not_changed():
     attn = build(proj_dim=4, kv_heads=2)
-    call = attn._call(draw(2, 9, 32), None, None, None, None, None, None)
+    call = attn.begin(draw(2, 9, 32))
     shared, part = call.prepared["score"], attn.score
     assert shared["query"].shape == (2, 4, 9, 4)
     assert shared["key"].shape == (2, 2, 9, 4), "one for each group of heads"

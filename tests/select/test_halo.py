@@ -7,14 +7,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from contract_subject import draw
-from tolerances import assert_close
 
 import zoo
 from zoo.select import _halo_plan
 from zoo.select._grid import Grid
 from zoo.select._halo import halo_attention
 from zoo.select._halo_plan import Window, make_plan
+from zoo.testing.subject import draw
+from zoo.testing.tolerances import assert_close
 
 ODD, EVEN, STRIDED = Window(2, 2), Window(2, 1), Window(2, 2, stride=3)
 PAST, CUT = Window(3, 0, causal=True, shift=False), Window(2, 2, shift=False)

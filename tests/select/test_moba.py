@@ -8,18 +8,18 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import CONTRACTS
-from contract_subject import Build, draw, settle
-from tolerances import assert_close
 from torch.func import functional_call, grad, vmap
 
 import zoo
-from zoo import engine
 from zoo.errors import ZooError
+from zoo.host import engine
 from zoo.parts import advance
 from zoo.select import _moba_gate, moba
 from zoo.select._moba_gate import gate, lay_blocks
 from zoo.select.moba import MoBA, choose_blocks, moba_attention, moba_attention_reference
+from zoo.testing.contract import CONTRACTS
+from zoo.testing.subject import Build, draw, settle
+from zoo.testing.tolerances import assert_close
 
 # Decoding equals the parallel form in this mode, as promised; the other one has its own test.
 CONTRACT_OPTIONS = [
@@ -101,7 +101,7 @@ def test_golden_choices(golden, number):
 def host_of(case, route):
     """A host whose projections are out of the way: parts are run on given q, k and v."""
     attn = build(dim=16, heads=2, route=route, dtype=torch.float32)
-    call = attn._call(torch.zeros(1, case["q"].shape[2], 16), *[None] * 6)
+    call = attn.begin(torch.zeros(1, case["q"].shape[2], 16))
     call.q, call.k, call.v = (case[name] for name in "qkv")
     return attn, call
 
@@ -403,7 +403,7 @@ def test_decoding_takes_means_from_the_cache_and_not_from_the_keys():
         assert expected.route == "sdpa_strips"
         cache.get("moba_means").copy_(torch.zeros(1, 4, 3, 4))
         cache.get("moba_means")[:, :, 2] = 1e6 * torch.ones(4)
-        call = attn._call(x[:, 13:], *[None] * 5, cache)
+        call = attn.begin(x[:, 13:], cache=cache)
     assert set(call.prepared["select"]["chosen"].flatten().tolist()) <= {0, 2}
 
 
@@ -428,7 +428,7 @@ def test_the_convolution_over_keys_by_hand():
 
 def test_the_convolution_goes_before_rotation_and_the_gate():
     attn, x = build("moba+rope", key_conv=3), draw(1, 19, 16)
-    call = attn._call(x, *[None] * 6)
+    call = attn.begin(x)
     q, k, _ = attn.project(x, None, None)
     k = attn.select.change_keys(k, None, None)
     q, k = attn.position.rotate(q, k, torch.arange(19), torch.arange(19))

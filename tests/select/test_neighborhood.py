@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from contract_subject import draw, settle
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import assert_close
 
 import zoo
 from zoo.select.neighborhood import na_mask, neighborhood_attention
+from zoo.testing.subject import draw, settle
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = [{"kernel": 3}, {"kernel": 2, "dilation": 2}]
 FORMS = ("reference", "gather", "torch")
@@ -127,7 +127,7 @@ def test_golden_in_a_host(golden, number):
         stride=stride, **facts,
     )  # fmt: skip
     x = torch.zeros(len(q), q.shape[2], heads * width)
-    call = attn._call(x, None, None, None, None, None, None)
+    call = attn.begin(x)
     call.q, call.k, call.v = q, k, v
     for route in ("engine", "sdpa_strips", "neighborhood_tiles", "gather", "reference", "dense"):
         attn.route = route

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract_subject import draw, settle
-from tolerances import assert_close
 
 import zoo
-from zoo import engine, flops
+from zoo.host import engine
+from zoo.ops import flops
 from zoo.select.sliding_window import sliding_window_attention, sliding_window_reference
+from zoo.testing.subject import draw, settle
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = [{"window": 4}]
 
@@ -152,7 +153,7 @@ def test_strips_hold_the_keys_of_their_windows_only(many_strips, causal):
     back, ahead = (5, 0) if causal else (3, 3)
     x = draw(2, 40, 12)
     with torch.no_grad():
-        call = attn._call(x, None, None, None, None, None, None)
+        call = attn.begin(x)
     found = list(engine.strips(call, attn.select))
     assert len(found) > 4
     for strip in found:

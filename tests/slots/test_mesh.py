@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract_subject import draw
-from tolerances import assert_close
 
 from zoo.errors import ZooError
 from zoo.slots._sinkhorn import log_marginal, mesh, mesh_reference, sinkhorn, sinkhorn_reference
 from zoo.slots.mesh import MESH
 from zoo.slots.slot import SlotAttention
+from zoo.testing.subject import draw
+from zoo.testing.tolerances import assert_close
 
 # A short descent: what is unrolled is compiled and differentiated in every contract.
 CONTRACT_OPTIONS = [

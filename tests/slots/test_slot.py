@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from contract_subject import draw
-from tolerances import assert_close
 
 import zoo
 from zoo.errors import ZooError
 from zoo.slots import SlotVideo
 from zoo.slots._sinkhorn import log_marginal, sinkhorn, sinkhorn_reference
 from zoo.slots.slot import SlotAttention, slot_attention_reference
+from zoo.testing.subject import draw
+from zoo.testing.tolerances import assert_close
 
 CONTRACT_OPTIONS = [
     {"hidden": 6},

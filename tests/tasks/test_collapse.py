@@ -8,7 +8,7 @@ from torch import nn
 
 from zoo import datasets
 from zoo.errors import ZooError
-from zoo.models.decoder_lm import DecoderLM
+from zoo.models.language.decoder_lm import DecoderLM
 from zoo.tasks import CollapseProbe, Optim, representation_gap
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from zoo import datasets, models
 from zoo.errors import ZooError
-from zoo.models.slot_autoencoder import Scene
-from zoo.pictures import segments
+from zoo.models.objects.slot_autoencoder import Scene
+from zoo.pictures.figures import segments
 from zoo.runs.callbacks import Keeper
 from zoo.runs.train import run
 from zoo.runs.training import Training

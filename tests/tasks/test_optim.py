@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from zoo.errors import ZooError
-from zoo.models.decoder_lm import DecoderLM
+from zoo.models.language.decoder_lm import DecoderLM
 from zoo.tasks import SCHEDULES, Optim, parameter_groups, schedule
 
 

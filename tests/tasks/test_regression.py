@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from zoo.models.decoder_lm import DecoderLM
+from zoo.models.language.decoder_lm import DecoderLM
 from zoo.tasks import Optim, Regression
 
 

@@ -14,14 +14,14 @@ from torchmetrics.functional.image import (
 )
 
 from zoo import datasets, models
-from zoo.colour import to_lab
 from zoo.errors import ZooError
-from zoo.tasks import Optim, _restoration_losses, find
-from zoo.tasks._restoration_metrics import (
+from zoo.metrics.restoration import (
     NAMES,
     best_gain,
     shadow_metrics,
 )
+from zoo.pictures.colour import to_lab
+from zoo.tasks import Optim, _restoration_losses, find
 from zoo.tasks._restoration_tiles import in_tiles, places
 
 Restoration = find("restoration")

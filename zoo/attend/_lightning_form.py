@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoo.errors import ZooError, unknown
 from zoo.kernels import refuse
-from zoo.linear_core import (
+from zoo.ops.linear import (
     CHUNK,
     check_operands,
     chunked_linear_attention,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
-from zoo.position.alibi import alibi_slopes
+from zoo.ops.slopes import alibi_slopes
 
 EPS = 1e-6
 

@@ -34,14 +34,12 @@ decay goes on over them. Dropout takes keys out of the sums, each for all later 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo._linear_features import ACTIVATIONS, Features
-from zoo._linear_features import lrpe as lrpe
 from zoo.attend._lightning_form import FORMS as FORMS
 from zoo.attend._lightning_form import lightning_attention as lightning_attention
 from zoo.attend._lightning_form import refuse_kernel, run_kernel
@@ -49,18 +47,16 @@ from zoo.attend._lightning_parts import EPS, decay_slopes
 from zoo.attend._lightning_parts import srms_norm as srms_norm
 from zoo.attend._norm_gate import NORMS, norm_gate
 from zoo.errors import ZooError, unknown
-from zoo.linear_core import (
+from zoo.ops._linear_features import ACTIVATIONS, Features
+from zoo.ops._linear_features import lrpe as lrpe
+from zoo.ops.linear import (
     chunked_linear_attention,
     parallel_linear_attention,
     recurrent_linear_attention,
 )
-from zoo.parts import Attend, Call, Layout, share_groups
-from zoo.position.alibi import alibi_slopes as alibi_slopes
+from zoo.ops.slopes import alibi_slopes as alibi_slopes
+from zoo.parts import Attend, Call, Host, Layout, Route, share_groups
 from zoo.registry import Paper, Taxonomy, Traits, register
-from zoo.routes import Route
-
-if TYPE_CHECKING:
-    from zoo.attention import Attention
 
 GATES = ("u", "low_rank", "none")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -202,7 +198,7 @@ class Lightning(Attend):
             with torch.no_grad():
                 self.theta.copy_((10000 ** (-2 * at / count)).view_as(self.theta))
 
-    def incompatible(self, host: Attention) -> str | None:
+    def incompatible(self, host: Host) -> str | None:
         """A scale, which there is none to change."""
         if host.scale != host.layout.qk_dim**-0.5:
             return f"'lightning' does not scale dot products; leave out scale={host.scale!r}"
@@ -303,11 +299,11 @@ class Lightning(Attend):
         )
 
 
-def _always(host: Attention, call: Call) -> str | None:
+def _always(host: Host, call: Call) -> str | None:
     return None
 
 
-def _refuse_triton(host: Attention, call: Call) -> str | None:
+def _refuse_triton(host: Host, call: Call) -> str | None:
     part = host.attend
     assert isinstance(part, Lightning)
     width = call.q.shape[-1] * (1 if part.theta is None else 2)
@@ -315,8 +311,8 @@ def _refuse_triton(host: Attention, call: Call) -> str | None:
     return refuse_kernel(call.q, call.k, call.v, width=width, by_name=by_name)
 
 
-def _runs(form: Form) -> Callable[[Attention, Call], Tensor]:
-    def run(host: Attention, call: Call) -> Tensor:
+def _runs(form: Form) -> Callable[[Host, Call], Tensor]:
+    def run(host: Host, call: Call) -> Tensor:
         part = host.attend
         assert isinstance(part, Lightning)
         return part.mix(call, form)

@@ -8,7 +8,7 @@ with sums over all keys, or over j <= i where attention is causal: then S and z 
 state of fixed size, D (D + 1) numbers per key/value head however long the past. The implicit
 weights phi(q_i) . phi(k_j) / (sum + eps) are positive and sum to almost one. No parameters.
 
-Cost N D (D + C) per head: the causal form is that of `zoo.linear_core` without a decay, in chunks
+Cost N D (D + C) per head: the causal form is that of `zoo.ops.linear` without a decay, in chunks
 of C tokens, quadratic inside a chunk and through the state between chunks. A column of ones beside
 the values makes the normaliser one more of their channels. (The cumulative sum over N matrices that
 the paper's equation suggests takes 64 times the memory and is several times slower than softmax
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +33,9 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.kernels import refuse
-from zoo.linear_core import chunked_linear_attention, parallel_linear_attention
-from zoo.parts import Attend, Call, full_precision, grouped_matmul, share_groups
+from zoo.ops.linear import chunked_linear_attention, parallel_linear_attention
+from zoo.parts import Attend, Call, Host, Route, full_precision, grouped_matmul, share_groups
 from zoo.registry import Paper, Taxonomy, Traits, register
-from zoo.routes import Route
-
-if TYPE_CHECKING:
-    from zoo.attention import Attention
 
 EPS = 1e-6
 Form = Callable[..., tuple[Tensor, Tensor]]
@@ -92,7 +88,7 @@ def linear_attention_reference(
 class Linear(Attend):
     """Dot products of positive features instead of exponentials, with a state of fixed size."""
 
-    def incompatible(self, host: Attention) -> str | None:
+    def incompatible(self, host: Host) -> str | None:
         """A scale, which features do not have."""
         if host.scale != host.layout.qk_dim**-0.5:
             return f"'linear' does not scale dot products; leave out scale={host.scale!r}"
@@ -202,7 +198,7 @@ def _all_pairs(
     return y, total
 
 
-def _refuse_triton(host: Attention, call: Call) -> str | None:
+def _refuse_triton(host: Host, call: Call) -> str | None:
     if not call.causal:
         return "without causality two matrix products do it"
     # Beside the values stands one more column.
@@ -213,7 +209,7 @@ def _refuse_triton(host: Attention, call: Call) -> str | None:
     return reason
 
 
-def _run_triton(host: Attention, call: Call) -> Tensor:
+def _run_triton(host: Host, call: Call) -> Tensor:
     from zoo.kernels.linear import linear_attention
 
     def kernel(
@@ -232,7 +228,7 @@ def _run_triton(host: Attention, call: Call) -> Tensor:
     return part.mix(call, kernel, _totals)
 
 
-def _run_reference(host: Attention, call: Call) -> Tensor:
+def _run_reference(host: Host, call: Call) -> Tensor:
     part = host.attend
     assert isinstance(part, Linear)
     return part.mix(call, parallel_linear_attention, _all_pairs)

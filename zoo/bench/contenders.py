@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention import Attention
 from zoo.errors import ZooError, unknown
-from zoo.factory import create
+from zoo.host.attention import Attention
+from zoo.host.factory import create
+from zoo.host.spec import canonical, parse, split
 from zoo.registry import SOCKETS, list_names
-from zoo.spec import canonical, parse, split
 
 HANDWRITTEN = "handwritten"
 
@@ -72,7 +72,7 @@ class Core(nn.Module):
             raise ZooError(f"{type(host).__name__} is no host of parts and has no core")
         self.host = host
         with torch.no_grad():
-            self.call = host._call(x, None, None, None, None, None, None)
+            self.call = host.begin(x)
         self.leaves = nn.ParameterList(getattr(self.call, name).clone() for name in ("q", "k", "v"))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from zoo.bench.kernels import PASSES, Report
-from zoo.runs import environment
-from zoo.runs.markdown import NONE, table
-from zoo.runs.records import replace_text
+from zoo.report import environment
+from zoo.report.files import replace_text
+from zoo.report.markdown import NONE, table
 
 SCHEMA = "kernels-1"
 

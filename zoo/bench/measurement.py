@@ -11,12 +11,12 @@ from statistics import linear_regression
 import torch
 from torch import Tensor, nn
 
-from zoo import flops
 from zoo.bench import contenders, memory
 from zoo.bench.settings import PASSES, Setting
 from zoo.bench.shapes import ShapeSetting
 from zoo.bench.timing import Samples, speed, spread, take_round
 from zoo.errors import ZooError
+from zoo.ops import flops
 
 # Part of the time that a turn takes: many short turns, so that disturbances meet everybody.
 SLICE = 1 / 40

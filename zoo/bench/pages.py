@@ -20,7 +20,7 @@ from typing import Any
 from zoo.bench import kernel_report
 from zoo.bench.report import direction, sizes
 from zoo.errors import ZooError
-from zoo.runs.markdown import NONE, code, milliseconds, table
+from zoo.report.markdown import NONE, code, milliseconds, table
 
 _TABLE = re.compile(r"<!-- begin bench (\S+) -->.*?<!-- end bench -->", re.S)
 

@@ -19,8 +19,8 @@ from zoo.bench.measurement import Report, Row
 from zoo.bench.memory import METHODS
 from zoo.bench.settings import Setting
 from zoo.bench.shapes import AXES, ShapeSetting
-from zoo.runs import environment
-from zoo.runs.records import replace_text
+from zoo.report import environment
+from zoo.report.files import replace_text
 
 SCHEMA = 1
 
@@ -199,7 +199,7 @@ def save(report: Report, folder: str | Path) -> list[Path]:
         ZooError: The folder or a file cannot be written.
     """
     from zoo.bench.plot import draw
-    from zoo.show import save_figure
+    from zoo.pictures.show import save_figure
 
     folder = Path(folder)
     text = json.dumps(as_json(report), indent=1, sort_keys=True, allow_nan=False) + "\n"

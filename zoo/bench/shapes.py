@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.attention import Attention
 from zoo.bench.contenders import split_route
 from zoo.bench.settings import DTYPES, Common
 from zoo.errors import ZooError, unknown
-from zoo.factory import create
+from zoo.host.attention import Attention
+from zoo.host.factory import create
+from zoo.host.spec import canonical, parse
 from zoo.registry import SOCKETS, Entry
-from zoo.spec import canonical, parse
 
 PLAIN = "plain"
 SHAPES: dict[str, list[tuple[int, ...]]] = {

@@ -127,11 +127,12 @@ def _matching(names: list[str], patterns: list[str]) -> list[str]:
 
 
 def _recipes(patterns: list[str]) -> list[dict[str, Any]]:
+    from zoo.claims import recipes
     from zoo.runs import config
 
     found = []
     for name in _matching(config.recipes(), patterns):
-        recipe = config.load(name)
+        recipe = recipes.load(name)
         found.append(
             {
                 "name": name,

@@ -15,9 +15,9 @@ from zoo.cli.output import console, notes, table
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
-    from zoo.runs.claim_schema import Claim
-    from zoo.runs.claims import Found
-    from zoo.runs.verdicts import Verdict
+    from zoo.claims.schema import Claim
+    from zoo.claims.trials import Found
+    from zoo.claims.verdicts import Verdict
 
 RECORDS = Path("runs/records/claims")
 WIDE = 120
@@ -39,7 +39,7 @@ def claims(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """List the claims of papers, or train what one of them lacks and judge it."""
-    from zoo.runs import claims
+    from zoo.claims import trials as claims
 
     if name is None:
         _list(records)
@@ -73,19 +73,20 @@ def _out_of_reach(stated: Claim) -> bool:
 
 def _published() -> Path:
     """Return the folder of the claims whose verdicts ship with the library."""
+    from zoo.claims.trials import FOLDER
     from zoo.resources import folder
-    from zoo.runs.claims import FOLDER
 
     return folder("data") / "runs" / FOLDER
 
 
 def _list(records: Path) -> None:
     """Show every claim that ships, with its verdict: one of this place, else the published one."""
-    from zoo.runs import claims, config, verdicts
+    from zoo.claims import recipes, verdicts
+    from zoo.claims import trials as claims
 
     rows, origins = [], set()
     for name in claims.names():
-        stated = config.claim(name)
+        stated = recipes.claim(name)
         if stated is None:
             raise ZooError(f"recipe {name!r} stands among the claims but states none")
         judged, origin = verdicts.stated(records / name), "here"
@@ -125,7 +126,7 @@ def _print(out: Console, rows: list[list[str]]) -> None:
 
 def _recall(name: str, folder: Path) -> None:
     """Say what was published of a claim, where its records are to be made elsewhere."""
-    from zoo.runs import verdicts
+    from zoo.claims import verdicts
 
     published = _published() / name
     before = verdicts.stated(published)
@@ -161,8 +162,8 @@ def _introduce(found: Found, folder: Path) -> None:
 
 def _conclude(verdict: Verdict, folder: Path) -> None:
     """Show the figures, what holds on which seed, and the verdict."""
-    from zoo.runs.claim_table import figure_text
-    from zoo.runs.verdicts import FILE
+    from zoo.claims.verdicts import FILE
+    from zoo.leaderboard.page.claim_table import figure_text
 
     out, shorts = console(), list(verdict.claim.figures)
     if verdict.ids:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from zoo.runs.spawn import Spawner
+    from zoo.sweeps.spawn import Spawner
 
 OPTION = "--ray"
 LOCAL = "local"
@@ -55,7 +55,7 @@ def spawner(address: str | None, jobs: int | None) -> Iterator[tuple[Spawner | N
     if address is None:
         yield None, 1 if jobs is None else jobs
         return
-    from zoo.runs.cluster import RaySpawner
+    from zoo.sweeps.cluster import RaySpawner
 
     with RaySpawner(address) as found:
         yield found, found.places if jobs is None else min(jobs, found.places)

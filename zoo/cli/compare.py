@@ -11,8 +11,8 @@ from rich.console import Console
 from zoo.cli.output import console, print_json, table
 
 if TYPE_CHECKING:
-    from zoo.runs.comparison import Comparison, Pairing
-    from zoo.runs.stats import Row, Table
+    from zoo.leaderboard.comparison import Comparison, Pairing
+    from zoo.statistics.spread import Row, Table
 
 
 def compare(
@@ -24,7 +24,7 @@ def compare(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare two specifications in every table of records in which both stand."""
-    from zoo.runs import comparison
+    from zoo.leaderboard import comparison
 
     made = comparison.read(records)
     found = comparison.compare(made, first, second, comparison.groups_now(made))
@@ -45,15 +45,15 @@ def _say(out: Console, text: str, style: str | None = None) -> None:
 
 
 def _heading(key: Table) -> str:
-    from zoo.runs.standings import DIGITS
+    from zoo.leaderboard.page.standings import DIGITS
 
     return f"{key.track}: {key.recipe}, group {key.group[:DIGITS]}"
 
 
 def _show(out: Console, pairing: Pairing) -> None:
     """Print what is known of the two in one table."""
-    from zoo.runs import standings
-    from zoo.runs.markdown import milliseconds, quantity, size
+    from zoo.leaderboard.page import standings
+    from zoo.report.markdown import milliseconds, quantity, size
 
     key, rows = pairing.table, (pairing.first, pairing.second)
     _say(out, "")
@@ -87,7 +87,7 @@ def _show(out: Console, pairing: Pairing) -> None:
 
 
 def _rate(row: Row) -> str:
-    from zoo.runs.markdown import NONE
+    from zoo.report.markdown import NONE
 
     return f"{NONE if row.lr is None else f'{row.lr:g}'} ({len(row.lrs)})"
 
@@ -102,7 +102,7 @@ def _failures(pairing: Pairing) -> str:
 
 def _difference(pairing: Pairing) -> str:
     """Paired difference, its interval, and what follows."""
-    from zoo.runs.markdown import figures
+    from zoo.report.markdown import figures
 
     found = pairing.difference
     if found is None:
@@ -127,7 +127,7 @@ def _alone(out: Console, found: Comparison) -> None:
 
 def _total(out: Console, found: Comparison) -> None:
     """Count what came of all tables, by track."""
-    from zoo.runs import comparison
+    from zoo.leaderboard import comparison
 
     _say(out, "")
     if not found.counted:
@@ -152,7 +152,7 @@ def _total(out: Console, found: Comparison) -> None:
 
 def _plain(found: Comparison) -> dict[str, Any]:
     """Return all of it as plain data."""
-    from zoo.runs import comparison
+    from zoo.leaderboard import comparison
 
     return {
         "first": found.first,
@@ -169,7 +169,7 @@ def _plain(found: Comparison) -> dict[str, Any]:
 
 
 def _pairing(pairing: Pairing) -> dict[str, Any]:
-    from zoo.runs.comparison import COSTS
+    from zoo.leaderboard.comparison import COSTS
 
     found = pairing.difference
     difference = None
@@ -189,7 +189,7 @@ def _pairing(pairing: Pairing) -> dict[str, Any]:
 
 
 def _row(row: Row) -> dict[str, Any]:
-    from zoo.runs.comparison import COSTS
+    from zoo.leaderboard.comparison import COSTS
 
     return {
         "values": {str(seed): row.values[seed] for seed in sorted(row.values)},

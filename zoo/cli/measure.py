@@ -170,7 +170,7 @@ def show(
     ] = None,
 ) -> None:
     """Draw attention maps, gates, slots or restored images of a mechanism, recipe or run."""
-    from zoo import show as drawing
+    from zoo.pictures import show as drawing
 
     name = re.sub(r"[^A-Za-z0-9_.=-]+", "-", Path(run).name if run else spec or str(recipe))
     path = output or Path("runs/show") / f"{name.strip('-')[:120]}.png"
@@ -208,12 +208,12 @@ def _show_single(
     seed: int,
 ) -> Path:
     """Draw one untrained mechanism."""
-    from zoo import show as drawing
-    from zoo.spec import parse
+    from zoo.host.spec import parse
+    from zoo.pictures import show as drawing
 
     kind = parse(spec)[0].entry.kind
     if kind in ("feature", "slots"):
-        from zoo.pictures import module_figure
+        from zoo.pictures.figures import module_figure
 
         for option, value in (("heads", heads), ("length", length), ("causal", causal)):
             if value is not None:

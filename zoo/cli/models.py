@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
+from zoo.host.spec import canonical
+from zoo.pictures.show import maps, save_figure, visible
 from zoo.runs.build import CONFIG, Restored, build_task, restore
 from zoo.runs.config import data_module, load
 from zoo.runs.training import task_pictures
-from zoo.show import maps, save_figure, visible
-from zoo.spec import canonical
 
 
 def run_folder(name: str, runs: Path) -> Path:

@@ -50,6 +50,10 @@ def run(
     elif recipe is None:
         raise ZooError("nothing to run; give a recipe or --resume RUN")
     else:
+        if not overrides:
+            from zoo.claims import recipes
+
+            recipes.load(recipe)  # of a recipe as it stands, the claim has to hold water too
         folder = runs / config.run_id(recipe, overrides or [])
         work = partial(
             train.run,
@@ -140,7 +144,7 @@ def sweep(
         raise ZooError("nothing to vary; give axes such as attention=mha,linear seeds=3")
     with spawner(ray, jobs) as (ours, count):  # first, so that a wrong address is soon told
         if recipe == "leaderboard":
-            from zoo.runs.tournament import plan, tournament
+            from zoo.leaderboard.tournament import plan, tournament
 
             result = tournament(
                 plan(grid or []),
@@ -153,8 +157,8 @@ def sweep(
             )
         else:
             from zoo.runs import config
-            from zoo.runs.grid import cells, parse_grid
-            from zoo.runs.sweep import sweep_cells
+            from zoo.sweeps.grid import cells, parse_grid
+            from zoo.sweeps.sweep import sweep_cells
 
             result = sweep_cells(
                 [(recipe, cell) for cell in cells(parse_grid(grid or []))],
@@ -191,12 +195,12 @@ def leaderboard(
     ] = False,
 ) -> None:
     """Make the leaderboard from the records alone."""
-    from zoo.runs import leaderboard as board
+    from zoo.leaderboard.page import markdown_page as board
 
     if page is not None and not html:
         raise ZooError(f"page={str(page)!r} belongs to --html; --output names the Markdown page")
     if html:
-        from zoo.runs import html as pages
+        from zoo.leaderboard.page import html as pages
 
         path, count = pages.write(records, page or Path("leaderboard.html"))
         notes().print(f"wrote {path} from {count} records", soft_wrap=True)

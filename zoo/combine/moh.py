@@ -40,7 +40,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,12 +49,9 @@ from torch import Tensor, nn
 from zoo.combine._selected_rows import SelectedRows
 from zoo.combine.concat import Concat
 from zoo.errors import ZooError, unknown
-from zoo.parts import Call, Layout, Project, full_precision, repeat_heads
+from zoo.host.routes import refuse_masks
+from zoo.parts import Call, Host, Layout, Project, Route, full_precision, repeat_heads
 from zoo.registry import Paper, Taxonomy, register
-from zoo.routes import Route, refuse_masks
-
-if TYPE_CHECKING:
-    from zoo.attention import Attention
 
 ROUTERS = ("linear", "query_norm")
 # Where skipping was measured to pay: from so many tokens on, up to this share of routed heads on.
@@ -139,7 +136,7 @@ def moh_reference(y: Tensor, gates: Tensor, w_out: Tensor, bias: Tensor | None =
     return out if bias is None else out + bias
 
 
-def _refuse(host: Attention, call: Call) -> str | None:
+def _refuse(host: Host, call: Call) -> str | None:
     part = host.combine
     assert isinstance(part, MoH)
     if torch.compiler.is_compiling():
@@ -151,7 +148,7 @@ def _refuse(host: Attention, call: Call) -> str | None:
         return f"position {host.part_names['position']!r} biases the scores"
     if type(host.project).finish is not Project.finish:
         return f"project {host.part_names['project']!r} reads the outputs of all heads"
-    if host._recorder is not None:
+    if host.recording:
         return "the outputs of all heads are being captured"
     if call.mask is not None or call.bias is not None:
         return "it takes no mask or bias"
@@ -172,7 +169,7 @@ def _refuse(host: Attention, call: Call) -> str | None:
     return None
 
 
-def _run(host: Attention, call: Call) -> Tensor:
+def _run(host: Host, call: Call) -> Tensor:
     part = host.combine
     assert isinstance(part, MoH)
     heads = call.q.shape[1]
@@ -287,7 +284,7 @@ class MoH(Concat):
         self.shared = linear(shared_heads if shared_heads > 1 else 0)
         self.balance = linear(2 if routed and shared_heads else 0)
 
-    def incompatible(self, host: Attention) -> str | None:
+    def incompatible(self, host: Host) -> str | None:
         """Norms of queries say nothing once they have been normalised."""
         if self.router == "query_norm" and host.q_norm is not None:
             return (

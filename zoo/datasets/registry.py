@@ -69,8 +69,8 @@ def dataset(name: str) -> Callable[[D], D]:
 @functools.cache
 def _discover() -> None:
     package = importlib.import_module(__package__)
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{__package__}.{module.name}")
+    for module in pkgutil.walk_packages(package.__path__, f"{__package__}."):
+        importlib.import_module(module.name)
 
 
 def _find(name: str) -> type[DataModule]:

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from zoo import datasets
-from zoo.datasets.fashion_mnist import PACKAGE_FOLDER
+from zoo.datasets.vision.fashion_mnist import PACKAGE_FOLDER
 from zoo.doctor.lines import Line, note, ok, problem, reason
 from zoo.doctor.world import World
 from zoo.errors import ZooError
@@ -139,15 +139,15 @@ def recipes(world: World) -> Iterator[Line]:
     Args:
         world: Tells whether the hub answers.
     """
+    from zoo.claims import recipes
     from zoo.runs import config
 
     able, lines = [], []
     names = config.recipes()
     for name in names:
         try:
-            # An override keeps the variants of a claim from being resolved one by one.
-            loaded = config.contents(config.load(name, ["seed=0"]))
-            stated = config.claim(name)
+            loaded = config.contents(config.load(name))
+            stated = recipes.claim(name)
         except ZooError as error:
             text = f"{name} cannot be loaded: {reason(error)}"
             lines.append(problem(name, text, "correct the recipe"))

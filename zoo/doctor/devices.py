@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from zoo.doctor.lines import Line, note, ok, problem, reason
-from zoo.runs.environment import processor
-from zoo.runs.markdown import size
+from zoo.report.environment import processor
+from zoo.report.markdown import size
 
 MEMINFO = Path("/proc/meminfo")
 LIMITS = (

@@ -8,12 +8,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from zoo.claims import verdicts
+from zoo.claims.trials import FOLDER, is_stale
 from zoo.doctor.lines import Line, note, ok, problem, reason
 from zoo.errors import ZooError
-from zoo.runs import leaderboard, stats, verdicts
-from zoo.runs.claims import FOLDER, is_stale
-from zoo.runs.current import group_now
+from zoo.leaderboard.current import group_now
+from zoo.leaderboard.page import markdown_page as leaderboard
 from zoo.runs.records import SCHEMA, Record, RecordWarning, read
+from zoo.statistics import spread as stats
 
 SHOWN = 5
 """Files of one fault that are named one by one."""
@@ -149,7 +151,7 @@ def claims(folder: Path, *, strict: bool) -> Iterator[Line]:
         folder: Folder of the records.
         strict: Whether they are published, so that every claim that ships should have one.
     """
-    from zoo.runs.claims import names
+    from zoo.claims.trials import names
 
     counted: Counter[str] = Counter()
     judged, lines = set(), []

@@ -7,7 +7,6 @@ this package when a model is first asked for, since some of them bring in timm.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable
@@ -17,8 +16,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from zoo.errors import CompatibilityError, ZooError, unknown
+from zoo.host.spec import parse
 from zoo.registry import KINDS, SOCKETS
-from zoo.spec import parse
 
 TOKEN_MIXERS = (*SOCKETS, "mixer")
 """Kinds that make a layer on tokens (B, N, C)."""
@@ -78,8 +77,13 @@ def model(
 
 
 def _discover() -> None:
-    for item in pkgutil.iter_modules(__path__, __name__ + "."):
-        importlib.import_module(item.name)
+    for item in _modules():
+        importlib.import_module(item)
+
+
+def _modules() -> list[str]:
+    """Dotted names of all modules below this package."""
+    return [item.name for item in pkgutil.walk_packages(__path__, __name__ + ".")]
 
 
 def names() -> list[str]:
@@ -94,9 +98,10 @@ def info(name: str) -> Registered:
     Raises:
         ZooError: Unknown name.
     """
-    own = f"{__name__}.{name}"
-    if name not in _models and name.isidentifier() and importlib.util.find_spec(own):
-        importlib.import_module(own)  # spares a decoder the import of timm
+    if name not in _models:
+        for module in _modules():
+            if module.rpartition(".")[2] == name:
+                importlib.import_module(module)  # spares a decoder the import of timm
     if name not in _models:
         _discover()
     if name not in _models:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo import engine
+from zoo.host import engine
 from zoo.normalize._landmark_weights import landmark_attention_reference
 from zoo.parts import full_precision
 

@@ -25,13 +25,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from zoo import engine
 from zoo.errors import ZooError
+from zoo.host import engine
 from zoo.normalize._landmark_weights import by_blocks
-from zoo.parts import Call, Position, grouped_matmul
+from zoo.parts import Call, Host, Position, grouped_matmul
 
 if TYPE_CHECKING:
-    from zoo.attention import Attention
     from zoo.cache import LayerCache
     from zoo.normalize.landmark import Landmark
 
@@ -55,7 +54,7 @@ class _Found:
     late: Tensor
 
 
-def recall(part: Landmark, host: Attention, call: Call) -> Tensor:
+def recall(part: Landmark, host: Host, call: Call) -> Tensor:
     """Outputs of the heads (B, H, N, E) for new tokens, which go into the cache.
 
     Args:
@@ -105,7 +104,7 @@ class Memory:
         cache: Where the blocks are kept.
     """
 
-    def __init__(self, part: Landmark, host: Attention, cache: LayerCache) -> None:
+    def __init__(self, part: Landmark, host: Host, cache: LayerCache) -> None:
         assert part.retrieve is not None
         self.part, self.cache, self.scale = part, cache, host.scale
         self.top, self.block, self.span = part.retrieve, part.block, part.block + 1

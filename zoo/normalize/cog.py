@@ -29,19 +29,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo import engine
 from zoo.errors import ZooError
-from zoo.parts import Call, Normalize, full_precision, mask_scores, repeat_heads
+from zoo.host import engine
+from zoo.parts import Call, Host, Normalize, Route, full_precision, mask_scores, repeat_heads
 from zoo.registry import Paper, Taxonomy, register
-from zoo.routes import Route
-
-if TYPE_CHECKING:
-    from zoo.attention import Attention
 
 HALF = (torch.float16, torch.bfloat16)
 LOG2_E = math.log2(math.e)
@@ -333,7 +329,7 @@ def cog_attention(
     return _Cog.apply(q, k, v, hidden, offset, scale)[0]
 
 
-def _refuse_parts(host: Attention, call: Call) -> str | None:
+def _refuse_parts(host: Host, call: Call) -> str | None:
     for kind, wanted in (("score", "dot"), ("select", "all")):
         found = host.part_names[kind]
         if found != wanted:
@@ -347,7 +343,7 @@ def _refuse_parts(host: Attention, call: Call) -> str | None:
     return None
 
 
-def _refuse_strips(host: Attention, call: Call) -> str | None:
+def _refuse_strips(host: Host, call: Call) -> str | None:
     reason = _refuse_parts(host, call)
     if reason is None and torch.compiler.is_compiling():
         return "its own backward is not for compilers, which take the engine whole"
@@ -362,13 +358,13 @@ def _refuse_strips(host: Attention, call: Call) -> str | None:
     return reason
 
 
-def _run_strips(host: Attention, call: Call) -> Tensor:
+def _run_strips(host: Host, call: Call) -> Tensor:
     return cog_attention(
         call.q, call.k, call.v, causal=call.causal, mask=call.mask, scale=call.scale
     )
 
 
-def _run_reference(host: Attention, call: Call) -> Tensor:
+def _run_reference(host: Host, call: Call) -> Tensor:
     heads = call.q.shape[1]
     return cog_attention_reference(
         call.q,

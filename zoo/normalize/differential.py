@@ -25,19 +25,16 @@ the authors do not use, falls on the difference of the maps.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ZooError, unknown
-from zoo.parts import Call, Layout, Normalize, mask_scores, repeat_heads
+from zoo.host.routes import refuse_masks
+from zoo.parts import Call, Host, Layout, Normalize, Route, mask_scores, repeat_heads
 from zoo.registry import Paper, Taxonomy, register
-from zoo.routes import Route, refuse_masks
-
-if TYPE_CHECKING:
-    from zoo.attention import Attention
 
 GROUPINGS = ("pair", "official")
 
@@ -95,7 +92,7 @@ def pair_keys(k: Tensor, heads: int) -> Tensor:
     return pairs.repeat_interleave(heads // pairs.shape[1], 1).flatten(1, 2)
 
 
-def _refuse(host: Attention, call: Call) -> str | None:
+def _refuse(host: Host, call: Call) -> str | None:
     if host.part_names["score"] != "dot":
         return f"score is {host.part_names['score']!r}, not 'dot'"
     if host.part_names["select"] != "all":
@@ -107,7 +104,7 @@ def _refuse(host: Attention, call: Call) -> str | None:
     return refuse_masks(call)
 
 
-def _run(host: Attention, call: Call) -> Tensor:
+def _run(host: Host, call: Call) -> Tensor:
     normalize = host.normalize
     assert isinstance(normalize, Differential)
     score_heads = call.q.shape[1]

@@ -18,7 +18,7 @@ used. Cost N^2 D as in softmax attention, in memory O(N). No parameters: the emb
 landmark is the model's.
 
 Landmarks are known by their place: token j of a sequence is one if ``j % (block + 1) == block``. A
-model that sees `insert_every` puts them in (`zoo.models.decoder_lm`), so that users of the model
+model that sees `insert_every` puts them in (`zoo.models`), so that users of the model
 know ordinary tokens only; a host on its own is given them with the others. They take positions.
 
 - `group_dropout`: dropout on the probabilities of the landmarks, in training.
@@ -33,8 +33,6 @@ block whose landmark is hidden is closed.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -53,12 +51,8 @@ from zoo.normalize._landmark_weights import (
     landmark_attention_reference,
     landmark_targets,
 )
-from zoo.parts import Call, Normalize, Strip, repeat_heads
+from zoo.parts import Call, Host, Normalize, Route, Strip, repeat_heads
 from zoo.registry import Paper, Taxonomy, Traits, register
-from zoo.routes import Route
-
-if TYPE_CHECKING:
-    from zoo.attention import Attention
 
 __all__ = [
     "Landmark",
@@ -151,7 +145,7 @@ def _refuse_kernel(q: Tensor, k: Tensor, v: Tensor, block: int, by_name: bool) -
     return kernels.refuse(q, k, v, by_name=by_name)
 
 
-def _refuse_parts(host: Attention, call: Call) -> str | None:
+def _refuse_parts(host: Host, call: Call) -> str | None:
     for kind, wanted in (("score", "dot"), ("select", "all")):
         found = host.part_names[kind]
         if found != wanted:
@@ -169,26 +163,26 @@ def _refuse_parts(host: Attention, call: Call) -> str | None:
     return None
 
 
-def _part(host: Attention) -> Landmark:
+def _part(host: Host) -> Landmark:
     assert isinstance(host.normalize, Landmark)
     return host.normalize
 
 
-def _refuse_triton(host: Attention, call: Call) -> str | None:
+def _refuse_triton(host: Host, call: Call) -> str | None:
     by_name = host.route == "landmark_triton"
     return _refuse_parts(host, call) or _refuse_kernel(
         call.q, call.k, call.v, _part(host).block, by_name
     )
 
 
-def _run_triton(host: Attention, call: Call) -> Tensor:
+def _run_triton(host: Host, call: Call) -> Tensor:
     from zoo.kernels.landmark import landmark_attention as kernel
 
     block = _part(host).block
     return kernel(call.q, call.k, call.v, block, call.scale, cu_seqlens=call.cu_seqlens)
 
 
-def _refuse_blocks(host: Attention, call: Call) -> str | None:
+def _refuse_blocks(host: Host, call: Call) -> str | None:
     reason = _refuse_parts(host, call) or _refuse_transforms()
     if reason is None and call.q.device.type != "cpu":
         return "its tiles are sized for the cache of a CPU"
@@ -197,7 +191,7 @@ def _refuse_blocks(host: Attention, call: Call) -> str | None:
     return reason
 
 
-def _run_blocks(host: Attention, call: Call) -> Tensor:
+def _run_blocks(host: Host, call: Call) -> Tensor:
     block, bounds = _part(host).block, call.cu_seqlens
     if bounds is None:
         return _attend_blocks(call.q, call.k, call.v, block, call.scale)
@@ -206,7 +200,7 @@ def _run_blocks(host: Attention, call: Call) -> Tensor:
     return torch.cat(outs, 2)
 
 
-def _run_reference(host: Attention, call: Call) -> Tensor:
+def _run_reference(host: Host, call: Call) -> Tensor:
     return landmark_attention_reference(call.q, call.k, call.v, _part(host).block, call.scale)
 
 
@@ -301,7 +295,7 @@ class Landmark(Normalize):
         """Whether the weights depend on chance."""
         return self.training and self.group_dropout > 0
 
-    def incompatible(self, host: Attention) -> str | None:
+    def incompatible(self, host: Host) -> str | None:
         """Retrieval compares landmarks by dot products, without any bias."""
         if self.retrieve is None:
             return None
@@ -371,7 +365,7 @@ class Landmark(Normalize):
         """Positions that jumps may reach in so many tokens."""
         return length + length // (self.block + 1) * max(0, self.pos_jump - 1)
 
-    def recall(self, host: Attention, call: Call) -> Tensor:
+    def recall(self, host: Host, call: Call) -> Tensor:
         """Outputs of the heads (B, H, N, E), from the new tokens and the best finished blocks.
 
         Raises:

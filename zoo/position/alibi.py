@@ -20,24 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.slopes import alibi_slopes as alibi_slopes
 from zoo.parts import Call, Layout, Position, Strip
 from zoo.registry import Paper, Taxonomy, Traits, register
-
-
-def alibi_slopes(
-    heads: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
-) -> Tensor:
-    """Slope of each head, (heads,), for any number of heads.
-
-    Args:
-        heads: Heads H.
-        dtype: float32 or float64.
-        device: Where the slopes are needed.
-    """
-    power = 1 << (heads.bit_length() - 1)  # the largest power of two that is not above H
-    first = torch.arange(1, power + 1, dtype=dtype, device=device)
-    rest = torch.arange(heads - power, dtype=dtype, device=device) * 2 + 1
-    return torch.exp2(-torch.cat((first * (8 / power), rest * (4 / power))))
 
 
 def alibi_reference(scores: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:

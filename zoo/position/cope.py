@@ -27,7 +27,7 @@ are the seven products of attention forward and backward, N M D each.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,12 @@ from torch import Tensor, nn
 from zoo.errors import CompatibilityError, ZooError
 from zoo.parts import (
     Call,
+    Host,
     Layout,
     Normalize,
     Part,
     Position,
+    Route,
     Strip,
     full_precision,
     grouped_matmul,
@@ -46,10 +48,6 @@ from zoo.parts import (
 )
 from zoo.position._cope_strips import cope_attention
 from zoo.registry import Paper, Taxonomy, Traits, register
-from zoo.routes import Route
-
-if TYPE_CHECKING:
-    from zoo.attention import Attention
 
 
 def position_logits(
@@ -116,7 +114,7 @@ def cope_attention_reference(
     return weights @ v
 
 
-def _other_parts(host: Attention, call: Call) -> str | None:
+def _other_parts(host: Host, call: Call) -> str | None:
     wanted = {"score": "dot", "select": "all", "normalize": "softmax"}
     for kind, name in wanted.items():
         if host.part_names[kind] != name:
@@ -126,7 +124,7 @@ def _other_parts(host: Attention, call: Call) -> str | None:
     return "it has no dropout" if call.dropout else None
 
 
-def _refuse_strips(host: Attention, call: Call) -> str | None:
+def _refuse_strips(host: Host, call: Call) -> str | None:
     part = host.position
     assert isinstance(part, CoPE)
     reason = _other_parts(host, call)
@@ -145,7 +143,7 @@ def _refuse_strips(host: Attention, call: Call) -> str | None:
     return None
 
 
-def _run_strips(host: Attention, call: Call) -> Tensor:
+def _run_strips(host: Host, call: Call) -> Tensor:
     part = host.position
     assert isinstance(part, CoPE)
     shared = [call.k, call.v]
@@ -167,7 +165,7 @@ def _run_strips(host: Attention, call: Call) -> Tensor:
     )
 
 
-def _refuse_reference(host: Attention, call: Call) -> str | None:
+def _refuse_reference(host: Host, call: Call) -> str | None:
     part = host.position
     assert isinstance(part, CoPE)
     if part.relative is not None and call.k.shape[2] > len(part.relative):
@@ -175,7 +173,7 @@ def _refuse_reference(host: Attention, call: Call) -> str | None:
     return _other_parts(host, call)
 
 
-def _run_reference(host: Attention, call: Call) -> Tensor:
+def _run_reference(host: Host, call: Call) -> Tensor:
     part = host.position
     assert isinstance(part, CoPE)
     heads, rows, keys = call.q.shape[1], call.q.shape[2], call.k.shape[2]
@@ -306,14 +304,14 @@ class CoPE(Position):
         if self.relative is not None:
             nn.init.normal_(self.relative, std=self.relative.shape[1] ** -0.5)
 
-    def attach(self, host: Attention) -> None:
+    def attach(self, host: Host) -> None:
         """See whether the scores are what the gates want, and how keys are kept and laid out."""
         self._scores_are_dots = host.part_names.get("score") == "dot"
         if isinstance(host.normalize, Normalize):
             self._share_keys = host.normalize.share_keys
             self._keep = host.select.window()
 
-    def incompatible(self, host: Attention) -> str | None:
+    def incompatible(self, host: Host) -> str | None:
         """Gates from values need values as wide as queries."""
         layout = host.layout
         if self.val_gates and layout.qk_dim != layout.v_dim:

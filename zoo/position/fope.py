@@ -27,19 +27,16 @@ after scaling, with the longer length.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ZooError, unknown
-from zoo.parts import Layout, Position, full_precision
+from zoo.parts import Host, Layout, Position, full_precision
 from zoo.position.rope import rope_apply, rope_frequencies
 from zoo.registry import Paper, Taxonomy, Traits, register
-
-if TYPE_CHECKING:
-    from zoo.attention import Attention
 
 SCALINGS = ("none", "linear", "yarn")
 # Tables of the latest positions are kept up to this size; longer passes can afford new ones.
@@ -289,7 +286,7 @@ class FoPE(Position):
             for basis in self.coef:
                 basis.copy_(nn.init.xavier_normal_(noise, self.sigma) + eye)
 
-    def attach(self, host: Attention) -> None:
+    def attach(self, host: Host) -> None:
         """See which key head each query meets: the two of a pair must turn alike."""
         groups = self.coef.shape[1]
         if groups == 1 or host.normalize is None:

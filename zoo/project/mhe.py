@@ -32,7 +32,7 @@ the initialisation, here normal with standard deviation `init_std` for the vecto
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +40,8 @@ from torch import Tensor, nn
 
 from zoo.cache import LayerCache
 from zoo.errors import ZooError, unknown
-from zoo.parts import Layout, Part, Project
+from zoo.parts import Host, Layout, Part, Project
 from zoo.registry import Paper, Taxonomy, info, register
-
-if TYPE_CHECKING:
-    from zoo.attention import Attention
 
 MODES = ("mul", "add")
 
@@ -186,7 +183,7 @@ class MHE(Project):
             )
         return 1
 
-    def attach(self, host: Attention) -> None:
+    def attach(self, host: Host) -> None:
         """Choose where keys and values meet their vectors."""
         # What another part may read has to be the heads' own.
         readers = [part for part in host.socket_parts() if part not in (self, host.position)]
@@ -207,7 +204,7 @@ class MHE(Project):
         if self.keys == "forward":
             host.layout = host.layout.with_(k_heads=self.layout.heads)
 
-    def incompatible(self, host: Attention) -> str | None:
+    def incompatible(self, host: Host) -> str | None:
         """A normalizer that lays out the heads in another way."""
         wants = self.layout
         if (wants.score_heads, wants.k_heads, wants.v_heads) == (wants.heads, 1, 1):

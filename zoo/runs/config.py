@@ -23,12 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from zoo import datasets, models
+from zoo import _moved, datasets, models
 from zoo.errors import ZooError, unknown
+from zoo.host.spec import canonical
 from zoo.resources import folder
-from zoo.runs.claim_schema import Claim, Resolved, check_variants, read_claim
-from zoo.runs.schema import Recipe, check, data_defaults, metric_names, model_options
-from zoo.spec import canonical
+from zoo.runs.schema import Recipe, check, data_defaults, model_options
 from zoo.tasks import Optim
 
 SHORT = {"lr": "optim.lr", "steps": "trainer.max_steps", "batch": "data.batch_size"}
@@ -79,29 +78,27 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         The configuration, with every option of the data set and the model, without the claim.
 
     Raises:
-        ZooError: Unknown recipe, key or name (the nearest is given), or an impossible value; of a
-            recipe as it stands, without overrides, also a claim that cannot be judged.
+        ZooError: Unknown recipe, key or name (the nearest is given), or an impossible value.
     """
     path = _find(recipe)
-    plain, section = _plain(path, changed := _assignments(overrides))
-    config = _resolve(plain, path, changed)
-    if section is not None and not changed:
-        resolved_claim(path)
-    return config
+    plain, _ = _plain(path, changed := _assignments(overrides))
+    return _resolve(plain, path, changed)
 
 
-def claim(recipe: str | Path) -> Claim | None:
-    """Read the claim of a recipe, checked as far as it goes without its variants.
+def section(recipe: str | Path) -> tuple[Path, dict[str, Any] | None]:
+    """Read the section `claim` of a recipe, which `zoo.claims` understands.
 
     Args:
         recipe: Name of a recipe, or path of a YAML file.
 
+    Returns:
+        The file, and the section as plain data; None where the recipe states no claim.
+
     Raises:
-        ZooError: There is no such recipe, or the claim is malformed.
+        ZooError: There is no such recipe, or it is not readable.
     """
     path = _find(recipe)
-    _, section = _plain(path, {})
-    return None if section is None else read_claim(section, f"recipe {path.name}: claim")
+    return path, _plain(path, {})[1]
 
 
 def outline(recipe: str | Path) -> tuple[dict[str, Any], bool]:
@@ -116,34 +113,9 @@ def outline(recipe: str | Path) -> tuple[dict[str, Any], bool]:
     Raises:
         ZooError: There is no such recipe, or it is not readable.
     """
-    plain, section = _plain(_find(recipe), {})
+    plain, stated = _plain(_find(recipe), {})
     plain["data"] = {**plain["data"], "name": _data(str(plain["data"]["name"]))["name"]}
-    return plain, section is not None
-
-
-def resolved_claim(recipe: str | Path) -> tuple[Claim, dict[str, Resolved]]:
-    """Read the claim of a recipe and resolve its variants.
-
-    Args:
-        recipe: Name of a recipe, or path of a YAML file.
-
-    Returns:
-        The claim, and its variants at seed 0 by name.
-
-    Raises:
-        ZooError: The recipe states no claim, or one that cannot be judged.
-    """
-    path = _find(recipe)
-    found = claim(path)
-    if found is None:
-        raise ZooError(f"recipe {str(recipe)!r} states no claim; 'zoo claims' lists those that do")
-
-    def resolve(overrides: Sequence[str]) -> Resolved:
-        config = load(path, overrides)
-        names = metric_names(config.task, data_module(config).test_names)
-        return Resolved(identify(config).id, contents(config), names)
-
-    return found, check_variants(found, f"recipe {path.name}: claim", resolve)
+    return plain, stated is not None
 
 
 def contents(config: Any) -> dict[str, Any]:
@@ -393,3 +365,7 @@ def data_module(config: DictConfig) -> datasets.DataModule:
 def _line(error: Exception) -> str:
     """Return what an error says in one line."""
     return " ".join(str(error).split("full_key:")[0].split())
+
+
+def __getattr__(name: str) -> Any:
+    return _moved.function(__name__, name)

@@ -8,10 +8,10 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from zoo import flops as operations
 from zoo.cache import Cache
-from zoo.models.decoder_lm import DecoderLM
-from zoo.spec import parse
+from zoo.host.spec import parse
+from zoo.models.language.decoder_lm import DecoderLM
+from zoo.ops import flops as operations
 
 
 def parameters(model: nn.Module) -> int:
@@ -25,7 +25,7 @@ def parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def flops(model: nn.Module, *example: Tensor) -> int:
-    """Return the floating point operations of a forward pass, as `zoo.flops` counts them.
+    """Return the floating point operations of a forward pass, as `zoo.ops.flops` counts them.
 
     Args:
         model: The model, in evaluation mode.

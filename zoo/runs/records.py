@@ -8,17 +8,15 @@ of runs may write at once. A reader names and skips a file that is no record; it
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import secrets
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from zoo.errors import ZooError, unknown
+from zoo.report.files import replace_text
 from zoo.runs import fields
 
 SCHEMA = 1
@@ -158,36 +156,6 @@ def _named(value: Any) -> Any:
     if isinstance(value, list):
         return [_named(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def replace_text(path: str | Path, text: str) -> Path:
-    """Put a text file in place in one step, so that a reader sees the old or the new one whole.
-
-    Args:
-        path: The file; its folder is created.
-        text: All of its content, written as UTF-8.
-
-    Raises:
-        ZooError: The folder or the file cannot be written.
-    """
-    path = Path(path)
-    draft = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(draft, "x", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                draft.unlink()
-            raise
-    except OSError as error:
-        why = error.strerror or error
-        raise ZooError(f"cannot write {path.name} in the folder {path.parent}: {why}") from None
-    return path
 
 
 def write(record: Record, folder: str | Path) -> Path:

@@ -21,15 +21,17 @@ from torch import Tensor, nn
 
 from zoo.datasets import DataModule
 from zoo.parts import advance
-from zoo.runs import cost, environment
+from zoo.pictures.show import save_figure
+from zoo.report import environment
+from zoo.report.files import replace_text
+from zoo.runs import cost
 from zoo.runs.build import CHECKPOINTS, CONFIG, build_task
 from zoo.runs.callbacks import Bar, Clock, Diverged, Keeper, Progress
 from zoo.runs.checkpoints import LAST, AtomicCheckpointIO, keeper_state, read_checkpoint
 from zoo.runs.config import data_module, identify, settings
-from zoo.runs.records import Record, replace_text, write
+from zoo.runs.records import Record, write
 from zoo.runs.schema import accelerator
 from zoo.runs.setting import setting, shared_cores
-from zoo.show import save_figure
 from zoo.tasks import Task
 
 PICTURES = "pictures"

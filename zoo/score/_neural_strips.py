@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zoo import engine
 from zoo.errors import ZooError
+from zoo.host import engine
 from zoo.parts import repeat_heads
 
 

@@ -28,21 +28,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo import engine
 from zoo.errors import ZooError, unknown
-from zoo.parts import Call, Layout, Score, Strip, repeat_heads
+from zoo.host import engine
+from zoo.parts import Call, Host, Layout, Route, Score, Strip, repeat_heads
 from zoo.registry import Paper, Taxonomy, Traits, register
-from zoo.routes import Route
 from zoo.score._neural_strips import neural_attention_strips
-
-if TYPE_CHECKING:
-    from zoo.attention import Attention
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -96,7 +92,7 @@ def uniform_rows(weights: Tensor, mask: Tensor | None = None) -> Tensor:
     return (same & several).sum() / several.sum().clamp(min=1)
 
 
-def _refuse_strips(host: Attention, call: Call) -> str | None:
+def _refuse_strips(host: Host, call: Call) -> str | None:
     assert isinstance(host.score, Neural)
     for kind, wanted in (("normalize", "softmax"), ("select", "all")):
         found = host.part_names[kind]
@@ -119,7 +115,7 @@ def _refuse_strips(host: Attention, call: Call) -> str | None:
     return "a single row is a strip by itself" if call.q.shape[2] == 1 else None
 
 
-def _run_strips(host: Attention, call: Call) -> Tensor:
+def _run_strips(host: Host, call: Call) -> Tensor:
     assert isinstance(host.score, Neural)
     shared = call.prepared["score"]
     return neural_attention_strips(
@@ -133,7 +129,7 @@ def _run_strips(host: Attention, call: Call) -> Tensor:
     )
 
 
-def _run_reference(host: Attention, call: Call) -> Tensor:
+def _run_reference(host: Host, call: Call) -> Tensor:
     part = host.score
     assert isinstance(part, Neural)
     # Whatever else the host holds gets its scores from the whole tensor of pairs.
@@ -241,7 +237,7 @@ class Neural(Score):
         bound = self.out.in_features**-0.5
         nn.init.uniform_(self.out_bias, -bound, bound)
 
-    def incompatible(self, host: Attention) -> str | None:
+    def incompatible(self, host: Host) -> str | None:
         """A scale, which these scores do not have."""
         if host.scale != host.layout.qk_dim**-0.5:
             return f"'neural' scores pairs without a factor; leave out scale={host.scale!r}"

@@ -12,7 +12,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from zoo import engine
+from zoo.host import engine
 from zoo.kernels import refuse
 from zoo.parts import full_precision, grouped_matmul
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.partial import flash, flash_backward
+from zoo.ops.partial import flash, flash_backward
 from zoo.parts import full_precision
 
 Dense = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

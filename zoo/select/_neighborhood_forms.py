@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
-from zoo.partial import merge, partial_attention
+from zoo.ops.partial import merge, partial_attention
 from zoo.parts import full_precision, mask_scores, repeat_heads
 from zoo.select._flex import flex_windows, refuse_flex
 from zoo.select._grid import Grid, window_tiles

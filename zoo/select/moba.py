@@ -38,7 +38,7 @@ What is left open, or differs:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,10 +46,10 @@ from torch import Tensor, nn
 
 from zoo.cache import LayerCache
 from zoo.errors import ZooError, unknown
+from zoo.host.routes import SDPA, refuse_masks
 from zoo.kernels import refuse as refuse_kernel
-from zoo.parts import Call, Layout, Select, Strip
+from zoo.parts import Call, Host, Layout, Route, Select, Strip
 from zoo.registry import Paper, Taxonomy, Traits, register
-from zoo.routes import SDPA, Route, refuse_masks
 from zoo.select._moba_attention import (
     choose_blocks,
     gathered,
@@ -61,9 +61,6 @@ from zoo.select._moba_attention import (
 )
 from zoo.select._moba_gate import Blocks, block_means, gate, lay_blocks, visible
 
-if TYPE_CHECKING:
-    from zoo.attention import Attention
-
 __all__ = ("MoBA", "choose_blocks", "moba_attention", "moba_attention_reference")
 
 MODES = ("moba", "full")
@@ -71,7 +68,7 @@ MODES = ("moba", "full")
 SHORT = 1024
 
 
-def _refuse_parts(host: Attention, call: Call) -> str | None:
+def _refuse_parts(host: Host, call: Call) -> str | None:
     for kind, wanted in (("score", "dot"), ("normalize", "softmax")):
         found = host.part_names[kind]
         if found != wanted:
@@ -81,7 +78,7 @@ def _refuse_parts(host: Attention, call: Call) -> str | None:
     return None
 
 
-def _refuse(host: Attention, call: Call) -> str | None:
+def _refuse(host: Host, call: Call) -> str | None:
     """Why no form of MoBA's own can take a pass."""
     if "chosen" not in call.prepared["select"]:
         return "every block is visible, so this is plain attention"
@@ -97,19 +94,19 @@ def _refuse(host: Attention, call: Call) -> str | None:
     return reason
 
 
-def _refuse_gather(host: Attention, call: Call) -> str | None:
+def _refuse_gather(host: Host, call: Call) -> str | None:
     reason = _refuse(host, call) or opaque() or on_meta(call.q)
     if reason is None and host.route == "auto" and call.q.shape[2] < SHORT:
         return f"a mask is quicker than gathering below {SHORT} tokens"
     return reason
 
 
-def _refuse_triton(host: Attention, call: Call) -> str | None:
+def _refuse_triton(host: Host, call: Call) -> str | None:
     by_name = host.route == "moba_triton"
     return _refuse(host, call) or refuse_kernel(call.q, call.k, call.v, by_name=by_name)
 
 
-def _refuse_full(host: Attention, call: Call) -> str | None:
+def _refuse_full(host: Host, call: Call) -> str | None:
     if "chosen" in call.prepared["select"]:
         return "not every block is visible"
     reason = _refuse_parts(host, call) or refuse_masks(call)
@@ -118,21 +115,21 @@ def _refuse_full(host: Attention, call: Call) -> str | None:
     return reason
 
 
-def _run_gather(host: Attention, call: Call) -> Tensor:
+def _run_gather(host: Host, call: Call) -> Tensor:
     return gathered(*_inputs(host, call))
 
 
-def _run_triton(host: Attention, call: Call) -> Tensor:
+def _run_triton(host: Host, call: Call) -> Tensor:
     return kernel(*_inputs(host, call))
 
 
-def _inputs(host: Attention, call: Call) -> tuple[Any, ...]:
+def _inputs(host: Host, call: Call) -> tuple[Any, ...]:
     assert isinstance(host.select, MoBA)
     chosen = call.prepared["select"]["chosen"]
     return call.q, call.k, call.v, chosen, host.select.block, call.scale, call.cu_seqlens
 
 
-def _run_reference(host: Attention, call: Call) -> Tensor:
+def _run_reference(host: Host, call: Call) -> Tensor:
     part = host.select
     assert isinstance(part, MoBA)
     return moba_attention_reference(

@@ -31,29 +31,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import CompatibilityError, ZooError
-from zoo.parts import Call, Layout, Select, Strip, repeat_heads
+from zoo.parts import Call, Host, Layout, Route, Select, Strip, repeat_heads
 from zoo.registry import Paper, Taxonomy, Traits, register
-from zoo.routes import Route
 from zoo.select import _neighborhood_forms as forms
 from zoo.select._flex import flex_windows, refuse_flex
 from zoo.select._grid import Grid, axis_allowed
 from zoo.select._neighborhood_forms import na_mask, neighborhood_attention
 from zoo.select._neighborhood_input import check_rpb
 
-if TYPE_CHECKING:
-    from zoo.attention import Attention
-
 __all__ = ["Neighborhood", "na_mask", "neighborhood_attention"]
 
 
-def _refuse(host: Attention, call: Call) -> str | None:
+def _refuse(host: Host, call: Call) -> str | None:
     """Why no route of this file can take a pass, or None."""
     for kind, wanted in (("score", "dot"), ("normalize", "softmax")):
         found = host.part_names[kind]
@@ -70,7 +66,7 @@ def _refuse(host: Attention, call: Call) -> str | None:
     return None
 
 
-def _inputs(host: Attention, call: Call, name: str) -> forms.Inputs:
+def _inputs(host: Host, call: Call, name: str) -> forms.Inputs:
     """The pass as a backend takes it, without the tokens in front."""
     part = _part(host)
     grid = replace(part.grid_of(call.q.shape[2]), prefix=0)
@@ -83,7 +79,7 @@ def _inputs(host: Attention, call: Call, name: str) -> forms.Inputs:
     )
 
 
-def _part(host: Attention) -> Neighborhood:
+def _part(host: Host) -> Neighborhood:
     assert isinstance(host.select, Neighborhood)
     return host.select
 
@@ -99,26 +95,26 @@ def _with_prefix(part: Neighborhood, call: Call, y: Tensor) -> Tensor:
     return torch.cat([first.to(y.dtype), y], 2)
 
 
-def _refuse_triton(host: Attention, call: Call) -> str | None:
+def _refuse_triton(host: Host, call: Call) -> str | None:
     return _refuse(host, call) or forms.refuse_kernel(_inputs(host, call, "neighborhood_triton"))
 
 
-def _run_triton(host: Attention, call: Call) -> Tensor:
+def _run_triton(host: Host, call: Call) -> Tensor:
     return forms.kernel_tiles(_inputs(host, call, "neighborhood_triton"))
 
 
-def _refuse_flex(host: Attention, call: Call) -> str | None:
+def _refuse_flex(host: Host, call: Call) -> str | None:
     if _part(host).rpb is not None:
         return "it takes no relative position bias (rpb)"
     return _refuse(host, call) or refuse_flex(call.q, call.k, call.v, host.route == "flex")
 
 
-def _run_flex(host: Attention, call: Call) -> Tensor:
+def _run_flex(host: Host, call: Call) -> Tensor:
     grid = _part(host).grid_of(call.q.shape[2])
     return flex_windows(call.q, call.k, call.v, grid, call.scale)
 
 
-def _refuse_tiles(host: Attention, call: Call) -> str | None:
+def _refuse_tiles(host: Host, call: Call) -> str | None:
     reason = _refuse(host, call)
     if reason:
         return reason
@@ -132,17 +128,17 @@ def _refuse_tiles(host: Attention, call: Call) -> str | None:
     return None
 
 
-def _run_tiles(host: Attention, call: Call) -> Tensor:
+def _run_tiles(host: Host, call: Call) -> Tensor:
     y, _ = forms.tiles(_inputs(host, call, "neighborhood_tiles"))
     return _with_prefix(_part(host), call, y)
 
 
-def _run_gather(host: Attention, call: Call) -> Tensor:
+def _run_gather(host: Host, call: Call) -> Tensor:
     y, _ = forms.gather(_inputs(host, call, "gather"))
     return _with_prefix(_part(host), call, y)
 
 
-def _run_reference(host: Attention, call: Call) -> Tensor:
+def _run_reference(host: Host, call: Call) -> Tensor:
     y, _ = forms.reference(_inputs(host, call, "reference"))
     return _with_prefix(_part(host), call, y)
 

@@ -16,22 +16,16 @@ comes first, then the Triton kernel.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.parts import Call, Select, Strip, mask_scores
+from zoo.parts import Call, Host, Route, Select, Strip, mask_scores
 from zoo.registry import Paper, Taxonomy, Traits, register
-from zoo.routes import Route
 from zoo.select._flex import flex_windows, refuse_flex
 from zoo.select._grid import Grid
 from zoo.select._halo import halo_attention
 from zoo.select._halo_plan import Window
-
-if TYPE_CHECKING:
-    from zoo.attention import Attention
 
 
 def check_window(window: int) -> None:
@@ -135,7 +129,7 @@ def _rule(window: int, causal: bool) -> Window:
     return Window(back, ahead, causal=causal, shift=False)
 
 
-def _refuse_bias(host: Attention, call: Call) -> str | None:
+def _refuse_bias(host: Host, call: Call) -> str | None:
     for kind, wanted in (("score", "dot"), ("normalize", "softmax")):
         found = host.part_names[kind]
         if found != wanted:
@@ -147,7 +141,7 @@ def _refuse_bias(host: Attention, call: Call) -> str | None:
     return None
 
 
-def _refuse_blocks(host: Attention, call: Call) -> str | None:
+def _refuse_blocks(host: Host, call: Call) -> str | None:
     reason = _refuse_bias(host, call)
     if reason:
         return reason
@@ -165,12 +159,12 @@ def _refuse_blocks(host: Attention, call: Call) -> str | None:
     return None
 
 
-def _window(host: Attention) -> int:
+def _window(host: Host) -> int:
     assert isinstance(host.select, SlidingWindow)
     return host.select.width
 
 
-def _refuse_fused(host: Attention, call: Call) -> str | None:
+def _refuse_fused(host: Host, call: Call) -> str | None:
     """Why neither FlexAttention nor the kernel can take a pass, or None."""
     reason = _refuse_bias(host, call)
     if reason:
@@ -180,18 +174,18 @@ def _refuse_fused(host: Attention, call: Call) -> str | None:
     return "it has no dropout on the weights" if call.dropout else None
 
 
-def _refuse_flex(host: Attention, call: Call) -> str | None:
+def _refuse_flex(host: Host, call: Call) -> str | None:
     reason = _refuse_fused(host, call)
     return reason or refuse_flex(call.q, call.k, call.v, by_name=host.route == "flex")
 
 
-def _run_flex(host: Attention, call: Call) -> Tensor:
+def _run_flex(host: Host, call: Call) -> Tensor:
     rule = _rule(_window(host), call.causal)
     grid = Grid((call.q.shape[2],), (rule,), (1,))
     return flex_windows(call.q, call.k, call.v, grid, call.scale)
 
 
-def _refuse_triton(host: Attention, call: Call) -> str | None:
+def _refuse_triton(host: Host, call: Call) -> str | None:
     reason = _refuse_fused(host, call)
     if reason:
         return reason
@@ -204,7 +198,7 @@ def _refuse_triton(host: Attention, call: Call) -> str | None:
     return refuse(call.q, call.k, call.v, by_name=host.route == "sliding_window_triton")
 
 
-def _run_triton(host: Attention, call: Call) -> Tensor:
+def _run_triton(host: Host, call: Call) -> Tensor:
     from zoo.kernels.neighborhood import neighborhood_attention
 
     q, k, v = call.q, call.k, call.v
@@ -214,7 +208,7 @@ def _run_triton(host: Attention, call: Call) -> Tensor:
     )
 
 
-def _run(host: Attention, call: Call) -> Tensor:
+def _run(host: Host, call: Call) -> Tensor:
     return sliding_window_attention(
         call.q,
         call.k,

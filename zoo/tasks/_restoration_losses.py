@@ -17,30 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.metrics.restoration import EPSILON, check_pair
 
-EPSILON = 1e-6
 # Modules of VGG-19 up to which a layer reaches, and the weight of its distance.
 LAYERS, WEIGHTS = (2, 7, 12, 21, 30), (0.1, 0.1, 1.0, 1.0, 1.0)
 # Of ImageNet, red, green and blue.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def check_pair(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
-    """Refuse images that are none or that differ in shape, and masks that do not fit them.
-
-    Raises:
-        ZooError: Names the argument.
-    """
-    if pred.ndim != 4 or pred.shape != target.shape:
-        raise ZooError(
-            f"pred {tuple(pred.shape)} and target {tuple(target.shape)} must have one shape "
-            "(batch, channels, height, width)"
-        )
-    if mask is not None and tuple(mask.shape) != (len(pred), 1, *pred.shape[2:]):
-        raise ZooError(
-            f"mask of shape {tuple(mask.shape)} does not fit; allowed: "
-            f"{(len(pred), 1, *pred.shape[2:])}"
-        )
 
 
 def charbonnier(

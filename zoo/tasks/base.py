@@ -10,7 +10,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from zoo.collect import auxiliary_losses
+from zoo.host.collect import auxiliary_losses
 from zoo.tasks.optim import Optim, parameter_groups, schedule
 
 if TYPE_CHECKING:

@@ -55,7 +55,7 @@ class ImageClassification(Task):
 
     def pictures(self, batch: Batch) -> dict[str, Figure]:
         """Draw the gates of modules on feature maps, where the model has any."""
-        from zoo.pictures import feature_modules, gate_figure
+        from zoo.pictures.figures import feature_modules, gate_figure
 
         if not feature_modules(self.model):
             return {}

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
-from zoo.models.slot_autoencoder import Scene
-from zoo.tasks._object_metrics import (
+from zoo.metrics.objects import (
     ForegroundARI,
     MatchedIoU,
     SlotConsistency,
@@ -22,6 +21,7 @@ from zoo.tasks._object_metrics import (
     overlaps,
     slot_labels,
 )
+from zoo.models.objects.slot_autoencoder import Scene
 from zoo.tasks.base import Batch, Figures, Task, mean
 from zoo.tasks.registry import task
 
@@ -118,7 +118,7 @@ class ObjectDiscovery(Task):
 
         Images have a row each; of videos the first is drawn, a row for each frame.
         """
-        from zoo.pictures import SAMPLES, panels, segments
+        from zoo.pictures.figures import SAMPLES, panels, segments
 
         video = pixels(batch).ndim == 5
         few = {key: value[: 1 if video else SAMPLES] for key, value in batch.items()}

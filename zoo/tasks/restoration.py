@@ -7,11 +7,23 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from zoo.colour import MATRICES, to_lab
 from zoo.datasets import checks
 from zoo.errors import ZooError, unknown
+from zoo.metrics.restoration import (
+    EPSILON,
+    GAIN,
+    INPUT,
+    NAMES,
+    REGIONS,
+    OverImages,
+    best_gain,
+    lab_errors,
+    regions,
+    shadow_metrics,
+    shrunk,
+)
+from zoo.pictures.colour import MATRICES, to_lab
 from zoo.tasks._restoration_losses import Perceptual, shadow_loss, vgg19_features
-from zoo.tasks._restoration_metrics import GAIN, INPUT, NAMES, RestorationFigures, shadow_of
 from zoo.tasks._restoration_tiles import in_tiles
 from zoo.tasks.base import Batch, Figures, Task
 from zoo.tasks.optim import Optim
@@ -26,12 +38,59 @@ WEIGHT = 0.001
 """Of the perceptual loss."""
 
 
+class RestorationFigures(Figures):
+    """What `shadow_metrics` gives, of the output and of the answers without learning.
+
+    Args:
+        white: Of L*a*b*.
+        side: Images are scaled to a square of that side before they are compared; None compares
+            them as they are.
+    """
+
+    def __init__(self, white: str = "D65", side: int | None = None) -> None:
+        super().__init__()
+        self.white, self.side = white, side
+        for name in (*NAMES, *INPUT, *GAIN, "loss"):
+            self.add_module(name, OverImages())
+
+    def update(self, logits: Tensor, batch: Batch) -> None:
+        """Take in outputs (B, 3, H, W)."""
+        image, target = batch["image"].float(), batch["target"].float()
+        region = shadow_of(batch)
+        output = logits.float().clamp(0, 1)
+        loss = ((output - target).square() + EPSILON).sqrt().flatten(1).mean(1)
+        if self.side is not None:
+            output, image, target = (shrunk(x, self.side) for x in (output, image, target))
+            region = shrunk(region.float(), self.side) > 0.5
+        found = shadow_metrics(output, target, region, white=self.white)
+        before = shadow_metrics(image, target, region, white=self.white, filled=False)
+        gained = best_gain(image, target, region).clamp(0, 1)
+        after = lab_errors(gained, target, region, white=self.white)
+        found |= {name: before[name.removesuffix("_input")] for name in INPUT}
+        found |= {name: after[name.removesuffix("_gain")] for name in GAIN}
+        there = {name: part.flatten(1).any(1) for name, part in regions(region).items()}
+        for name, values in {**found, "loss": loss}.items():
+            asked = there[next((part for part in REGIONS[1:] if part in name), "")]
+            self.get_submodule(name).update(values, asked)  # type: ignore[operator]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the figures by name."""
+        found = {name: metric.compute() for name, metric in self.named_children()}  # type: ignore[operator]
+        found["shadow_left"] = found["lab_mae_shadow"] / found["lab_mae_shadow_input"]
+        return found
+
+
+def shadow_of(batch: Batch) -> Tensor:
+    """Return what counts as shadow, (B, 1, H, W) bool: the region, or the mask if that is all."""
+    return batch.get("region", batch["mask"]) > 0
+
+
 @task("restoration")
 class Restoration(Task):
     """Remove the shadow from an image.
 
     The loss is RASM's: the Charbonnier distance and, if asked for, the perceptual one. The figure
-    `loss` is the Charbonnier distance alone. `zoo.tasks._restoration_metrics` defines the others.
+    `loss` is the Charbonnier distance alone. `zoo.metrics.restoration` defines the others.
 
     Args:
         model: From images (B, 3, H, W) in [0, 1] and masks (B, 1, H, W) to images (B, 3, H, W).
@@ -104,7 +163,7 @@ class Restoration(Task):
 
     def pictures(self, batch: Batch) -> dict[str, Figure]:
         """Draw images with shadow, restored and without, and how far off they are."""
-        from zoo.pictures import panels
+        from zoo.pictures.figures import panels
 
         batch = {name: value[:SHOWN] for name, value in batch.items()}
         output = self.logits(batch).float().clamp(0, 1)

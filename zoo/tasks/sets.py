@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
-from zoo.tasks._set_metrics import THRESHOLDS, SetError, SetPrecision, fill, set_errors
+from zoo.metrics.sets import THRESHOLDS, SetError, SetPrecision, fill, set_errors
 from zoo.tasks.base import Batch, Figures, Task, mean
 from zoo.tasks.optim import Optim
 from zoo.tasks.registry import task
@@ -175,7 +175,7 @@ def draw_sets(predicted: Tensor, batch: Batch) -> Figure:
     """
     from matplotlib.figure import Figure as Canvas
 
-    from zoo.pictures import SAMPLES
+    from zoo.pictures.figures import SAMPLES
 
     count = min(SAMPLES, len(predicted))
     figure = Canvas(figsize=(2.6 * count, 2.9), layout="constrained")

@@ -23,8 +23,8 @@ import torch
 from timm.layers import get_act_layer, get_attn
 from torch import nn
 
-from zoo.attention import Attention
 from zoo.errors import ZooError, unknown
+from zoo.host.attention import Attention
 from zoo.registry import list_names
 from zoo.timm.tokens import TokenAttention, parse_given
 

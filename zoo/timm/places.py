@@ -17,7 +17,7 @@ from timm.models import regnet, res2net, resnet, senet, sknet
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
-from zoo.spec import layout
+from zoo.host.spec import layout
 from zoo.timm.features import feature
 from zoo.timm.report import Swapped, SwappedLayer
 from zoo.timm.tokens import init_special

@@ -17,9 +17,9 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn
 
 from zoo.errors import ZooError
+from zoo.host.spec import PartSpec, layout, parse
 from zoo.parts import tie_layers
 from zoo.registry import SOCKETS
-from zoo.spec import PartSpec, layout, parse
 from zoo.timm.features import TIMM_FEATURES
 from zoo.timm.places import HOSTS, places, swap_features
 from zoo.timm.report import Swapped, SwappedLayer
@@ -65,8 +65,8 @@ def swap(
 
     Args:
         model: The model.
-        spec: Specification, a layout as in `zoo.spec.layout`, or a list with one for each layer;
-            for feature maps also what `zoo.timm.feature` takes.
+        spec: Specification, a layout as in `zoo.host.spec.layout`, or a list with one for each
+            layer; for feature maps also what `zoo.timm.feature` takes.
         layers: Layout of layers: first, last, every, other.
         copy: Take the weights over wherever the new layer has the same: q, k, v and their norms
             where the projection is plain (keys and values as the mean of the heads that share

@@ -12,14 +12,14 @@ import torch
 from timm.layers import DiffAttention
 from torch import Tensor, nn
 
-from zoo.attention import Attention
 from zoo.combine.concat import Concat
 from zoo.errors import CompatibilityError, ZooError, unknown
-from zoo.factory import create
+from zoo.host.attention import Attention
+from zoo.host.factory import create
+from zoo.host.spec import PartSpec, parse
 from zoo.parts import Position
 from zoo.project.mha import MHA
 from zoo.registry import SOCKETS, Entry
-from zoo.spec import PartSpec, parse
 
 # What timm's blocks decide, and the name it goes by there.
 _TOLD = {

@@ -17,11 +17,11 @@ from timm.models import beit
 from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor, nn
 
-from zoo.attention import Attention
 from zoo.errors import CompatibilityError, ZooError
+from zoo.host.attention import Attention
+from zoo.host.spec import parse
 from zoo.parts import Position
 from zoo.registry import SOCKETS
-from zoo.spec import parse
 from zoo.timm.tokens import TokenAttention
 
 

@@ -15,8 +15,8 @@ import torch
 from timm.layers import DiffAttention
 from torch import Tensor, nn
 
-from zoo.attention import Attention
 from zoo.combine.concat import Concat
+from zoo.host.attention import Attention
 from zoo.project.mha import MHA
 from zoo.timm.tokens import TokenAttention
 

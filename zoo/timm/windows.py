@@ -7,8 +7,8 @@ from typing import Any
 from timm.models import swin_transformer as swin
 from torch import Tensor
 
-from zoo.attention import Attention
 from zoo.errors import CompatibilityError
+from zoo.host.attention import Attention
 from zoo.timm.tokens import TokenAttention
 
 

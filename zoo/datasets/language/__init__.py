@@ -1,0 +1,1 @@
+"""Text: files, the standard library's own bytes, hub corpora."""

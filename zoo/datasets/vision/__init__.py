@@ -1,0 +1,1 @@
+"""Images and sets: drawn, embedded, from files and from the hub."""

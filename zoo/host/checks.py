@@ -1,0 +1,167 @@
+"""What a host refuses before it computes anything: sizes, shapes and types that do not fit.
+
+Legend: B batch, N query length, M key length, H heads, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.cache import LayerCache
+from zoo.errors import ZooError
+from zoo.parts import Host, check_cu_seqlens
+
+
+def check_facts(facts: Mapping[str, Any]) -> None:
+    """Refuse sizes that no layer can have."""
+    wanted = (("dim", 1), ("heads", 1), ("head_dim", 1), ("max_len", 1), ("depth", 0))
+    for name, least in (*wanted, ("layers", 1)):
+        value = facts[name]
+        if value is None and name in ("head_dim", "max_len", "layers"):
+            continue
+        if type(value) is not int or value < least:
+            raise ZooError(f"{name}={value!r} must be a whole number of at least {least}")
+    if facts["layers"] is not None and facts["depth"] >= facts["layers"]:
+        raise ZooError(
+            f"depth={facts['depth']!r} is the index of a layer; it must be below "
+            f"layers={facts['layers']!r}"
+        )
+    for name in ("causal", "bias"):
+        if not isinstance(facts[name], bool):
+            raise ZooError(f"{name}={facts[name]!r} must be True or False")
+    if not isinstance(facts["dropout"], int | float) or not 0.0 <= facts["dropout"] < 1.0:
+        raise ZooError(f"dropout={facts['dropout']!r} must lie in [0, 1)")
+
+
+def check_positions(positions: Tensor, name: str, samples: int, length: int) -> None:
+    """Refuse positions that are neither (N,) nor (B, N) int64."""
+    if positions.dtype != torch.int64:
+        raise ZooError(f"{name} has dtype {positions.dtype}; allowed: torch.int64")
+    if tuple(positions.shape) not in ((length,), (samples, length)):
+        raise ZooError(
+            f"{name} of shape {tuple(positions.shape)} does not fit; allowed: ({length},) or "
+            f"({samples}, {length})"
+        )
+
+
+def check_input(
+    host: Host,
+    x: Tensor,
+    context: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    need_weights: bool,
+) -> None:
+    """Refuse arguments of `forward` that the host or its parts cannot take."""
+    for name, item in (("x", x), ("context", context)):
+        if item is not None and (item.ndim != 3 or item.shape[-1] != host.dim):
+            raise ZooError(
+                f"{name} of shape {tuple(item.shape)} must be (batch, tokens, dim={host.dim})"
+            )
+    if context is not None:
+        if host.causal:
+            raise ZooError("context given to causal attention: causality needs one sequence")
+        if context.shape[0] != x.shape[0]:
+            raise ZooError(f"context has batch {context.shape[0]}, but x has batch {x.shape[0]}")
+    if mask is None and bias is None and context is None and not need_weights:
+        return
+    traits = host.traits
+    if context is not None and not traits.cross:
+        raise ZooError(f"{host.spec!r} cannot attend to a context")
+    if need_weights and not traits.weights:
+        raise ZooError(f"{host.spec!r} forms no attention weights; need_weights is not possible")
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise ZooError(
+                f"mask has dtype {mask.dtype}; allowed: torch.bool with True = may attend "
+                "(an additive mask is the argument 'bias')"
+            )
+        if mask.ndim not in (2, 4):
+            raise ZooError(
+                f"mask has rank {mask.ndim}; allowed: 2 (queries, keys) or "
+                "4 (batch, heads, queries, keys)"
+            )
+        if traits.mask == "none":
+            raise ZooError(f"{host.spec!r} takes no mask")
+        if traits.mask == "keys" and not (
+            mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == 1
+        ):
+            raise ZooError(
+                f"{host.spec!r} can hide keys only: mask must have shape (batch, 1, 1, keys), "
+                f"got {tuple(mask.shape)}"
+            )
+    if bias is not None:
+        if not bias.is_floating_point() or bias.ndim not in (2, 4):
+            raise ZooError(
+                f"bias of dtype {bias.dtype} and rank {bias.ndim}; allowed: floating point of "
+                "rank 2 (queries, keys) or 4 (batch, heads, queries, keys)"
+            )
+        if not traits.bias:
+            raise ZooError(f"{host.spec!r} forms no scores that a bias could be added to")
+
+
+def check_cache(host: Host, cache: LayerCache) -> None:
+    """Refuse a cache that is not of one layer, or for parts that cannot decode."""
+    if not isinstance(cache, LayerCache):
+        raise ZooError(
+            f"cache is of type {type(cache).__name__}; allowed: the LayerCache of this layer, "
+            "such as cache[0] of a Cache"
+        )
+    if not host.traits.decode:
+        raise ZooError(f"{host.spec!r} cannot decode step by step; it takes no cache")
+
+
+def check_packed(
+    host: Host, cu_seqlens: Tensor, x: Tensor, context: Tensor | None, cache: LayerCache | None
+) -> None:
+    """Refuse bounds of packed sequences that are none."""
+    if not host.traits.packed:
+        raise ZooError(f"{host.spec!r} takes no packed sequences (cu_seqlens)")
+    for name, given in (("context", context), ("cache", cache)):
+        if given is not None:
+            raise ZooError(f"cu_seqlens packs whole sequences; there can be no {name} beside")
+    if x.shape[0] != 1:
+        raise ZooError(f"x has batch {x.shape[0]}; with cu_seqlens allowed: 1, all packed")
+    check_cu_seqlens(cu_seqlens, x.shape[1])
+
+
+def spread(
+    host: Host, given: Tensor | None, name: str, q: Tensor, k: Tensor, k_start: int
+) -> Tensor | None:
+    """Check a mask or bias against the scores and bring it to rank 4."""
+    if given is None:
+        return None
+    heads, rows, keys = host.heads, q.shape[2], k.shape[2]
+    x = given[None, None] if given.ndim == 2 else given
+    if x.shape[3] == keys + k_start:
+        x = x[..., k_start:]  # the window has let the first keys go
+    wanted = (q.shape[0], heads, rows, keys)
+    if any(a not in (1, b) for a, b in zip(x.shape, wanted, strict=True)):
+        raise ZooError(
+            f"{name} of shape {tuple(given.shape)} does not fit; allowed: "
+            f"({rows}, {keys}) or anything that broadcasts to {wanted} (batch, heads, "
+            "queries, keys); padding of shape (batch, keys) becomes mask[:, None, None, :]"
+        )
+    if x.shape[3] != keys:
+        x = x.expand(-1, -1, -1, keys)
+    if x.shape[1] == heads and heads != host.layout.score_heads and heads > 1:
+        x = x.repeat_interleave(host.layout.score_heads // heads, 1)
+    return x
+
+
+def spread_gate(host: Host, gate: Tensor, y: Tensor) -> Tensor:
+    """Bring a head gate to (B|1, H, N|1, 1)."""
+    samples, heads, length, _ = y.shape
+    shapes = {1: (heads,), 2: (samples, heads), 3: (samples, heads, length)}
+    if shapes.get(gate.ndim) != tuple(gate.shape):
+        raise ZooError(
+            f"head_gate of shape {tuple(gate.shape)} does not fit; allowed: "
+            f"{', '.join(str(s) for s in shapes.values())}"
+        )
+    if gate.ndim == 1:
+        return gate[None, :, None, None]
+    return gate[:, :, None, None] if gate.ndim == 2 else gate[..., None]

@@ -1,0 +1,1 @@
+"""Figures of quality as torchmetrics classes."""

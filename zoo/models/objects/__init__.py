@@ -1,0 +1,1 @@
+"""Models that find objects: slots from images, videos and sets."""

@@ -1,0 +1,1 @@
+"""How figures, tables and files are written, for every page of the project."""

@@ -1,0 +1,103 @@
+"""Contracts on masks: hidden tokens are not seen, and rows that see nothing stay zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import zoo
+from zoo.host.attention import Attention
+from zoo.testing.subject import Build, draw, largest, tiny_strips
+from zoo.testing.tolerances import assert_close
+from zoo.testing.values import flag
+
+
+def check_padding(build: Build) -> None:
+    """Hidden keys do not influence the others, and padding equals running without it."""
+    lengths = torch.tensor([9, 6])
+    mask = zoo.padding_mask(lengths)
+    for causal in build.modes:
+        module = build(dtype=torch.float64, **flag(build, causal)).eval()
+        x = build.input(2, 9).requires_grad_()
+        y = module(x, mask=mask)
+        everything = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+        assert_close(module(x, mask=everything), module(x), "a mask that hides nothing")
+        real = module(x[1:, :6])
+        assert_close(y[1:, :6], real, f"padded against not padded (causal={causal})")
+        (gradient,) = torch.autograd.grad((y[1, :6] * draw(*y[1, :6].shape)).sum(), x)
+        assert largest(gradient[1, 6:]) == 0, "padding has a gradient"
+        other = x.detach().clone()
+        other[1, 6:] = 30 * draw(3, x.shape[-1], seed=4)
+        assert_close(module(other, mask=mask)[1, :6], y[1, :6], "real rows with new padding")
+        front = everything.clone()
+        front[1, ..., :3] = False
+        y = module(x, mask=front)
+        other = x.detach().clone()
+        other[1, :3] = 30 * draw(3, x.shape[-1], seed=5)
+        changed = module(other, mask=front)
+        assert_close(changed[1, 3:], y[1, 3:], "real rows with new padding in front")
+        assert_close(changed[:1], y[:1], "the sample without padding")
+
+
+def check_pairs(build: Build) -> None:
+    """A mask of pairs hides exactly these pairs, in every form it may be given."""
+    chance = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    mask = (chance < 0.6) | torch.eye(8, dtype=torch.bool)
+    for causal in build.modes:
+        module = build(dtype=torch.float64, **flag(build, causal)).eval()
+        x = build.input(2, 8).requires_grad_()
+        y = module(x, mask=mask)
+        for i in range(8):
+            (gradient,) = torch.autograd.grad(
+                (y[:, i] * draw(2, x.shape[-1], seed=i)).sum(), x, retain_graph=True
+            )
+            leak = largest(gradient[~mask[:, 0, i]])
+            assert leak == 0, f"row {i} sees a hidden key (causal={causal}): gradient {leak:.3g}"
+        assert_close(module(x, mask=mask.expand(2, 4, 8, 8)), y, "the mask given for each head")
+        one = mask[:1]
+        assert_close(module(x, mask=one[0, 0]), module(x, mask=one), "the mask given as (N, M)")
+
+
+def check_empty_rows(build: Build) -> None:
+    """A row that may attend to nothing gets zeros from its heads and never NaN."""
+    for causal in build.modes:
+        module = build(dtype=torch.float64, **flag(build, causal))
+        for mask in _emptying(build.traits.mask == "any"):
+            x = build.input(2, 9).requires_grad_()
+            for strips in (False, True):
+                if isinstance(module, Attention):
+                    module.route = "engine" if strips and module.attend is None else "auto"
+                with tiny_strips():
+                    heads, y = _heads(module, x, mask)
+                assert bool(y.isfinite().all()), f"output not finite (causal={causal})"
+                (gradient,) = torch.autograd.grad((y * draw(*y.shape)).sum(), x)
+                assert bool(gradient.isfinite().all()), f"gradient not finite (causal={causal})"
+                if heads is None:
+                    continue
+                triangle = torch.ones(9, 9, dtype=torch.bool)
+                allowed = mask & (triangle.tril() if causal else triangle)
+                empty = ~allowed.any(-1).expand(2, 4, 9)
+                assert bool(empty.any())
+                assert largest(heads[empty]) == 0, "an empty row is not zero"
+
+
+def _emptying(pairs: bool) -> Iterator[Tensor]:
+    keys = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    keys[1, ..., :4] = False  # the first rows of a causal pass see nothing
+    keys[0] = False  # no row of this sample sees anything
+    yield keys
+    if pairs:
+        rows = torch.ones(1, 4, 9, 9, dtype=torch.bool)
+        rows[:, 1, 2] = False
+        rows[:, 3, 8] = False
+        yield rows
+
+
+def _heads(module: torch.nn.Module, x: Tensor, mask: Tensor) -> tuple[Tensor | None, Tensor]:
+    if not isinstance(module, Attention):
+        return None, module(x, mask=mask)
+    with module.capture() as passes:
+        y = module(x, mask=mask)
+    return passes[0].heads, y
