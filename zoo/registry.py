@@ -23,19 +23,10 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 from zoo.errors import ZooError, unknown
+from zoo.taxonomy import AXES, FAMILY_OF_KIND, Taxonomy
+from zoo.taxonomy import KINDS as KINDS
+from zoo.taxonomy import SOCKETS as SOCKETS
 
-SOCKETS = ("project", "position", "score", "select", "normalize", "combine", "attend")
-KINDS = (
-    *SOCKETS,
-    "mixer",
-    "feature",
-    "slots",
-    "cache",
-    "parallel",
-    "inference",
-    "analysis",
-    "model",
-)
 PLUGIN_GROUP = "zoo.plugins"
 FORMS = ("causal", "bidirectional")
 _PACKAGES = {"mixer": "mixers", "model": "models", "cache": "caches"}
@@ -52,42 +43,6 @@ _FACTS_OF_KIND = {
     **dict.fromkeys((*SOCKETS, "mixer"), HOST_FACTS),
     "feature": frozenset(("channels", "device", "dtype")),
     "slots": frozenset(("dim_in", "dim", "slots", "device", "dtype")),
-}
-
-_TAXONOMY: dict[str, tuple[str, ...]] = {
-    "sequences": ("distinctive", "co", "self", "none"),
-    "levels": ("single", "multi"),
-    "positions": ("global", "local", "hard", "sparse", "none"),
-    "representations": ("single", "multi_representational", "multi_dimensional"),
-    "alignment": (
-        *("similarity", "dot", "scaled_dot", "general", "biased_general", "activated_general"),
-        *("kernel", "concat", "additive", "deep", "convolution", "location", "feature"),
-        *("distance", "relational", "none"),
-    ),
-    "distribution": (
-        *("softmax", "sparsemax", "sigmoid", "none_linear", "signed", "sinkhorn", "posterior"),
-        *("hard_topk", "inherited", "none"),
-    ),
-    "complexity": ("quadratic", "block_sparse", "linear", "na"),
-    "exact": ("yes", "no", "na"),
-}
-_MODALITIES = ("text", "image", "video", "graph", "keypoints", "any")
-_NEEDS = ("rope", "alibi", "kv_cache", "pattern", "z", "distributed", "cuda", "two_sequences")
-_FAMILIES = (
-    *("token_mixer", "positional", "cross_attention", "conv_attention", "sequence_parallel"),
-    *("inference", "kv_cache", "analysis", "kernel", "system"),
-)
-_FAMILY_OF_KIND = {
-    **dict.fromkeys(SOCKETS, "token_mixer"),
-    "position": "positional",
-    "mixer": "token_mixer",
-    "feature": "conv_attention",
-    "slots": "cross_attention",
-    "cache": "kv_cache",
-    "parallel": "sequence_parallel",
-    "inference": "inference",
-    "analysis": "analysis",
-    "model": "system",
 }
 
 
@@ -117,74 +72,6 @@ class Paper:
     def url(self) -> str | None:
         """Address of the paper, or None."""
         return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else None
-
-
-@dataclass(frozen=True)
-class Taxonomy:
-    """The axes of Chaudhari et al., "An Attentive Survey of Attention Models" (2019), section 3.
-
-    Args:
-        sequences: How many sequences meet: distinctive, co, self or none.
-        levels: Levels of abstraction: single or multi.
-        positions: Which positions a query sees: global, local, hard, sparse or none.
-        representations: What is weighted: single, multi_representational, multi_dimensional.
-        alignment: The alignment function (score).
-        distribution: The distribution function (normalizer).
-        complexity: quadratic, block_sparse, linear or na.
-        modality: What it was made for.
-        needs: What it cannot run without.
-        exact: Whether it reproduces softmax attention exactly (yes), approximates it (no) or
-            is another function (na).
-        trainable_params: Whether the part itself holds parameters.
-        family: The survey's kind where it differs from the one the registry kind implies.
-    """
-
-    sequences: str
-    levels: str
-    positions: str
-    representations: str
-    alignment: str
-    distribution: str
-    complexity: str
-    modality: tuple[str, ...] = ("any",)
-    needs: tuple[str, ...] = ()
-    exact: str = "na"
-    trainable_params: bool = False
-    family: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, allowed in _TAXONOMY.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise unknown(f"taxonomy {name}", value, allowed)
-        for name, allowed in (("modality", _MODALITIES), ("needs", _NEEDS)):
-            for value in getattr(self, name):
-                if value not in allowed:
-                    raise unknown(f"taxonomy {name}", value, allowed)
-        if self.family is not None and self.family not in _FAMILIES:
-            raise unknown("taxonomy family", self.family, _FAMILIES)
-        if self.positions == "hard" and self.distribution not in ("hard_topk", "softmax", "none"):
-            raise ZooError(
-                f"taxonomy distribution {self.distribution!r} does not go with positions='hard'; "
-                "allowed: hard_topk, softmax, none"
-            )
-        if self.sequences in ("distinctive", "co") and "two_sequences" not in self.needs:
-            raise ZooError(
-                f"taxonomy sequences={self.sequences!r} requires needs to contain 'two_sequences'"
-            )
-        if (self.complexity, self.distribution, self.exact) == ("linear", "softmax", "yes"):
-            raise ZooError("taxonomy: exact softmax attention of linear complexity does not exist")
-        if self.family in ("sequence_parallel", "kernel"):
-            self._check_exact(self.family)
-
-    def _check_exact(self, family: str) -> None:
-        allowed = ("inherited", "softmax", "none_linear")
-        if self.exact != "yes" or self.distribution not in allowed:
-            raise ZooError(
-                f"taxonomy of a {family} needs exact='yes' and distribution one of "
-                f"{', '.join(allowed)}; got exact={self.exact!r}, "
-                f"distribution={self.distribution!r}"
-            )
 
 
 @dataclass(frozen=True)
@@ -283,7 +170,7 @@ class Entry:
     @property
     def family(self) -> str:
         """The survey's kind, e.g. token_mixer or positional."""
-        return self.taxonomy.family or _FAMILY_OF_KIND[self.kind]
+        return self.taxonomy.family or FAMILY_OF_KIND[self.kind]
 
     @property
     def causality(self) -> str:
@@ -374,7 +261,7 @@ def register(
             contender={form: spec for form, spec in forms.items() if spec},
         )
         if entry.family in ("sequence_parallel", "kernel"):
-            taxonomy._check_exact(entry.family)
+            taxonomy.check_exact(entry.family)
         for item in (name, *aliases):
             owner = _entries.get(_aliases.get(item, item))
             if owner is not None:
@@ -513,8 +400,8 @@ def list_names(
     for axis, value in axes.items():
         if axis not in axis_names:
             raise unknown("filter", axis, [*axis_names, "kind", "traits"])
-        if axis in _TAXONOMY and value not in _TAXONOMY[axis]:
-            raise unknown(f"taxonomy {axis}", value, _TAXONOMY[axis])
+        if axis in AXES and value not in AXES[axis]:
+            raise unknown(f"taxonomy {axis}", value, AXES[axis])
 
     def matches(entry: Entry) -> bool:
         if kinds is not None and entry.kind not in kinds:

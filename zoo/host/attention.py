@@ -10,7 +10,7 @@ A query that may attend to nothing gets zeros from its heads.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.cache import LayerCache
-from zoo.errors import CompatibilityError, ZooError, unknown
-from zoo.host import checks, engine, journey, routes
+from zoo.errors import ZooError, unknown
+from zoo.host import checks, engine, fit, journey, routes
 from zoo.host.spec import DEFAULTS, PartSpec, canonical, parse, sockets
 from zoo.parts import (
     Attend,
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         self.causal, self.dropout = causal, dropout
         self.spec = canonical(spec)
         filled = sockets(parse(spec))
-        self._check_traits(filled, causal)
+        fit.check_causality(filled, causal)
 
         project = filled.get("project", PartSpec(DEFAULTS["project"]))
         kv_heads = project.options.get("kv_heads", kv_heads)
@@ -149,13 +149,7 @@ class Attention(nn.Module):
             raise ZooError(f"kv_heads={self.kv_heads!r} must divide heads={heads}")
         facts |= {"head_dim": head_dim, "kv_heads": self.kv_heads}
         facts["layout"] = Layout(heads, heads, self.kv_heads, self.kv_heads, head_dim, head_dim)
-        if self.kv_heads < heads:
-            for given in filled.values():
-                if not given.entry.traits.grouped:
-                    raise CompatibilityError(
-                        f"{given.name!r} needs a key/value head for each query head, "
-                        f"but kv_heads={self.kv_heads} < heads={heads}"
-                    )
+        fit.check_groups(filled, heads, self.kv_heads)
         # The normalizer decides the head layout, so it is built before the others.
         skipped = ("score", "select", "normalize") if "attend" in filled else ()
         order = ("normalize", "attend", *(k for k in SOCKETS if k not in ("normalize", "attend")))
@@ -185,7 +179,7 @@ class Attention(nn.Module):
         self._recorder: list[Captured] | None = None
         for filling in self.socket_parts():
             filling.attach(self)
-        self._check_pairs(filled)
+        fit.check_parts(self, filled)
         self.route = route
 
     # The sockets; `attend` excludes score, select and normalize.
@@ -197,51 +191,10 @@ class Attention(nn.Module):
     combine: Combine
     attend: Attend | None
 
-    def _check_traits(self, filled: Mapping[str, PartSpec], causal: bool) -> None:
-        for part in filled.values():
-            traits = part.entry.traits
-            if causal and not traits.causal:
-                raise CompatibilityError(
-                    f"{part.name!r} cannot be causal: it mixes all positions; pass causal=False"
-                )
-            if not causal and not traits.bidirectional:
-                raise CompatibilityError(
-                    f"{part.name!r} is defined for causal attention only; pass causal=True"
-                )
-
-    def _check_pairs(self, filled: Mapping[str, PartSpec]) -> None:
-        if self.position.biases:
-            for given in filled.values():
-                if not given.entry.traits.bias:
-                    raise CompatibilityError(
-                        f"{self.part_names['position']!r} adds a bias to the scores, which "
-                        f"{given.name!r} cannot take; use a position that rotates or embeds"
-                    )
-        if self.attend is None and self.select.biases:
-            for given in filled.values():
-                if not given.entry.traits.bias:
-                    raise CompatibilityError(
-                        f"{self.part_names['select']!r} adds a bias to the scores, which "
-                        f"{given.name!r} cannot take"
-                    )
-        for part in self.socket_parts():
-            reason = part.incompatible(self)
-            if reason:
-                raise CompatibilityError(reason)
-
     @property
     def traits(self) -> Traits:
         """What this combination of parts promises: what all of them do."""
-        found = [PartSpec(name).entry.traits for name in self.part_names.values()]
-        masks = ("any", "keys", "none")
-        flags = ("causal", "bidirectional", "cross", "bias", "decode", "weights", "grouped")
-        values: dict[str, Any] = {
-            flag: all(getattr(t, flag) for t in found)
-            for flag in (*flags, "packed", "equivariant", "compile", "gradient")
-        }
-        values["mask"] = max((t.mask for t in found), key=masks.index)
-        costs = {t.cost for t in found} - {Traits().cost}
-        return Traits(**values, cost=" + ".join(sorted(costs)) or Traits().cost)
+        return fit.common([PartSpec(name).entry.traits for name in self.part_names.values()])
 
     @property
     def route(self) -> str:

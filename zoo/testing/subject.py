@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.host import engine
+from zoo.host.fit import common
 from zoo.host.spec import DEFAULTS, PartSpec, parse
 from zoo.registry import SOCKETS, Entry, Traits
 
@@ -81,14 +82,7 @@ class Build:
     @property
     def traits(self) -> Traits:
         """What all parts promise together."""
-        found = [entry.traits for entry in self.entries]
-        masks = ("any", "keys", "none")
-        names = ("causal", "bidirectional", "cross", "bias", "decode", "weights", "grouped")
-        flags: dict[str, Any] = {
-            name: all(getattr(t, name) for t in found)
-            for name in (*names, "packed", "equivariant", "compile", "gradient")
-        }
-        return Traits(**flags, mask=max((t.mask for t in found), key=masks.index))
+        return common([entry.traits for entry in self.entries])
 
     @property
     def modes(self) -> list[bool]:
