@@ -70,6 +70,7 @@ readme: install
 
 docs: readme
 	@$(BIN)/python -m zoo.docs.compositions docs/compositions.md
+	@$(BIN)/python -m zoo.docs.tower docs/architecture.md
 	@$(BIN)/python -m zoo.bench.pages docs/performance.md
 
 clean:

@@ -1,5 +1,5 @@
-"""What a training run leaves behind, and what is made of it.
+"""One training run: from a recipe and its changes to a record.
 
-One run writes one record (`records`; `environment` says where it ran), a sweep starts many runs
-(`sweep`), `stats` turns records into figures with an uncertainty and `leaderboard` into a page.
+`config` reads a recipe, `build` makes its data, model and task, `train` runs them, and the run
+leaves one record (`records`), which says what was run, where (`setting`, `cost`) and what came out.
 """
