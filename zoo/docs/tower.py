@@ -10,23 +10,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import io
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from zoo.errors import ZooError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BEGIN = "<!-- begin tower (python -m zoo.docs.tower docs/architecture.md) -->"
 END = "<!-- end tower -->"
 PICTURE = "architecture.svg"
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "zoo", "font.size": 9}
+WIDTH, ROW = 1000, 56  # of the picture, and from row to row
 
 
 @dataclass(frozen=True)
@@ -114,62 +109,37 @@ def arrows(found: Sequence[Room]) -> list[tuple[str, str]]:
     return sorted(nx.transitive_reduction(graph).edges)
 
 
-def draw(found: Sequence[Room]) -> Figure:
-    """Draw the rooms as a tower."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import FancyBboxPatch
-
-    places = _places(found)
-    height = 1 + max(room.row for room in found)
-    figure = Figure(figsize=(11, 0.62 * height))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, 1), ylim=(height - 0.3, -0.7))
-    axes.axis("off")
+def draw(found: Sequence[Room]) -> str:
+    """Draw the rooms as a tower, as SVG: the same rooms give the same text on every machine."""
+    places = {}
+    for row in range(1 + max(room.row for room in found)):
+        names = [room.name for room in found if room.row == row]
+        # Rooms alone in their row alternate sides, so that arrows find their way.
+        shift = 80 * (-1) ** row if len(names) == 1 else 0
+        for i, name in enumerate(names):
+            places[name] = (round(WIDTH * (i + 0.5) / len(names)) + shift, 30 + ROW * row)
+    height = 60 + ROW * max(room.row for room in found)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        'font-family="monospace" font-size="13" text-anchor="middle">',
+        '<marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" '
+        'orient="auto"><path d="M0 0L8 4L0 8z" fill="#8a94a6"/></marker>',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+    ]
     for upper, lower in arrows(found):
         (x, y), (u, v) = places[upper], places[lower]
-        axes.annotate(
-            "",
-            xy=(u, v - 0.23),
-            xytext=(x, y + 0.23),
-            arrowprops={
-                "arrowstyle": "-|>",
-                "color": "#8a94a6",
-                "lw": 0.8,
-                "shrinkA": 0,
-                "shrinkB": 0,
-            },
+        lines.append(
+            f'<line x1="{x}" y1="{y + 13}" x2="{u}" y2="{v - 13}" stroke="#8a94a6" '
+            'marker-end="url(#tip)"/>'
         )
-    for room in found:
-        x, y = places[room.name]
-        wide = 0.012 + 0.0088 * len(room.name)
-        axes.add_patch(
-            FancyBboxPatch(
-                (x - wide / 2, y - 0.22),
-                wide,
-                0.44,
-                boxstyle="round,pad=0,rounding_size=0.008",
-                facecolor="#eef2fb",
-                edgecolor="#3b5bdb",
-                lw=0.9,
-                zorder=3,
-                mutation_aspect=height,
-            )
+    for name, (x, y) in places.items():
+        wide = 20 + 8 * len(name)
+        lines.append(
+            f'<rect x="{x - wide // 2}" y="{y - 13}" width="{wide}" height="26" rx="6" '
+            'fill="#eef2fb" stroke="#3b5bdb"/>'
+            f'<text x="{x}" y="{y + 4}">{name}</text>'
         )
-        axes.text(x, y, room.name, ha="center", va="center", family="monospace", zorder=4)
-    return figure
-
-
-def _places(found: Sequence[Room]) -> Mapping[str, tuple[float, float]]:
-    """Centre of each room; rows with few rooms alternate sides, so that arrows find their way."""
-    by_row: dict[int, list[str]] = {}
-    for room in found:
-        by_row.setdefault(room.row, []).append(room.name)
-    places = {}
-    for row, names in by_row.items():
-        shift = 0.0 if len(names) > 2 else 0.09 * (-1) ** row
-        for i, name in enumerate(names):
-            places[name] = ((i + 0.5) / len(names) + shift * (len(names) == 1), float(row))
-    return places
+    return "\n".join([*lines, "</svg>"]) + "\n"
 
 
 def renew(page: Path) -> dict[Path, str]:
@@ -181,21 +151,15 @@ def renew(page: Path) -> dict[Path, str]:
     Raises:
         ZooError: A marker is missing, or there is no contract.
     """
-    from matplotlib import rc_context
-
     text = page.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ZooError(f"the markers {BEGIN!r} and {END!r} are missing from {page}")
     found = rooms(rows(page.resolve().parents[1] / "pyproject.toml"))
-    buffer = io.StringIO()
-    with rc_context(STYLE):
-        draw(found).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    picture = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
     return {
         page: f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}",
-        page.with_name(PICTURE): picture,
+        page.with_name(PICTURE): draw(found),
     }
 
 
