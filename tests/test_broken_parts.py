@@ -116,11 +116,12 @@ BROKEN: list[tuple[type, str, str, dict[str, Any]]] = [
     (broken.IgnoresPositions, "positions", r"positions of shape \(2, 9\)", {}),
     (broken.IgnoresMask, "padding", "padded against not padded", {}),
     (broken.SeesHiddenKeys, "padding", "padded against not padded", {}),
+    (broken.AddsMasks, "additive", "hidden by", {}),
     (broken.IgnoresMask, "pairs", "sees a hidden key", {}),
     (broken.NanOnEmptyRows, "empty_rows", "not finite", {}),
     (broken.CountsFromZero, "decode", "decoded in pieces", {}),
     (broken.KeepsTooLittle, "decode", "decoded in pieces", {"options": WINDOW, "traits": LOCAL}),
-    (broken.ForgetsMaskInOneRow, "decode_mask", "padding in front", {}),
+    (broken.ForgetsMaskInOneRow, "decode_mask", "hidden tokens", {}),
     (
         broken.KeepsTooMuch,
         "cache",

@@ -243,6 +243,9 @@ class Normalize(Part):
     recalls: bool = False
     # The weights depend on chance, so that a strip computed again needs the same random numbers.
     random: bool = False
+    # Scores are not the exponents of the weights, so that a bias is not to be added to them:
+    # `weigh_biased` gets it. Where a position's term depends on content it is part of the score.
+    biases_exponent: ClassVar[bool] = False
 
     def change_layout(self, layout: Layout) -> Layout:
         """Head layout that this normalizer wants, given the plain one."""
@@ -261,6 +264,17 @@ class Normalize(Part):
         Others define `forward`, which is all that this calls.
         """
         return self(scores, strip.mask)
+
+    def weigh_biased(self, strip: Strip, scores: Tensor, bias: Tensor) -> Tensor:
+        """Weights of a strip, for parts that say `biases_exponent`.
+
+        Args:
+            strip: The strip.
+            scores: (B, score_heads, R, M), without the bias.
+            bias: What positions, the selection and the caller add to the exponents, broadcastable
+                to the scores.
+        """
+        raise ZooError(f"{type(self).__name__} does not define weigh_biased")
 
     def share_keys(self, k: Tensor) -> Tensor:
         """Lay out the key heads (B, k_heads, M, qk_dim) before anything reads them.
@@ -395,6 +409,10 @@ class Host(Protocol):
     @property
     def parts(self) -> Stations:
         """The four parts that the strip engine runs."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer itself, with its weights."""
 
     @property
     def recording(self) -> bool:

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.parts import Call, Combine, Layout, Normalize, Position, Score, Select, Strip
+from zoo.parts import (
+    Call,
+    Combine,
+    Layout,
+    Normalize,
+    Position,
+    Score,
+    Select,
+    Strip,
+    mask_scores,
+)
 from zoo.registry import Traits
 from zoo.select.sliding_window import SlidingWindow
 
@@ -230,6 +240,23 @@ class ForgetsMaskInOneRow(Normalize):
         if mask is not None and scores.shape[-2] > 1:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         return scores.softmax(-1)
+
+
+class AddsMasks(Normalize):
+    """Gives its host a way in that knows masks made of numbers as numbers only."""
+
+    def attach(self, host: Any) -> None:
+        inner = host.forward
+
+        def forward(x: Tensor, **inputs: Any) -> Any:
+            if (bias := inputs.get("bias")) is not None:
+                inputs["bias"] = bias.clamp(min=-9e3)
+            return inner(x, **inputs)
+
+        host.forward = forward
+
+    def forward(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return mask_scores(scores.abs(), mask).softmax(-1)  # what is far below is large
 
 
 class Overflows(Normalize):

@@ -239,7 +239,8 @@ class Attention(nn.Module):
             x: (B, N, C).
             context: (B, M, C) for cross-attention; None for self-attention.
             mask: Boolean, True may attend, (N, M) or (B|1, H|1, N|1, M).
-            bias: Added to the scores, same shapes as `mask`, floating point.
+            bias: Added to the scores, same shapes as `mask`, floating point. Entries that can only
+                be a mask, -1e4 and below (`zoo.inputs.HIDDEN`), hide their pair as `mask` does.
             positions: (N,) or (B, N) int64; default counts on from the cache.
             context_positions: (M,) or (B, M) int64; default counts from 0.
             cache: This layer's cache: x holds the tokens that follow those in it.
@@ -252,7 +253,7 @@ class Attention(nn.Module):
         Raises:
             ZooError: An argument has the wrong shape or type, or a part cannot take it.
         """
-        checks.check_input(self, x, context, mask, bias, need_weights)
+        mask, bias = checks.check_input(self, x, context, mask, bias, need_weights)
         if cache is not None:
             checks.check_cache(self, cache)
         if cu_seqlens is not None:
@@ -291,8 +292,9 @@ class Attention(nn.Module):
     ) -> Call:
         """Go as far as the scores: what a route is given, for benchmarks and tests of parts.
 
-        Takes the arguments of `forward`, unchecked but for what does not fit together.
+        Takes the arguments of `forward`.
         """
+        mask, bias = checks.check_input(self, x, context, mask, bias, False)
         return journey.begin(
             self, x, context, mask, bias, positions, context_positions, cache, cu_seqlens
         )
@@ -309,6 +311,11 @@ class Attention(nn.Module):
             y = routes.choose(self, call).run(self, call)
         y = self.project.finish(y)
         return y if self.attend is not None else self.normalize.finish(y)
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer itself."""
+        return self
 
     @property
     def recording(self) -> bool:
@@ -334,7 +341,7 @@ class Attention(nn.Module):
             if name not in names:
                 raise unknown("argument of explain", name, (*names, "cache"))
         mask, bias, positions, others, cu_seqlens = (inputs.get(name) for name in names)
-        checks.check_input(self, x, context, mask, bias, False)
+        mask, bias = checks.check_input(self, x, context, mask, bias, False)
         if cache is not None:
             checks.check_cache(self, cache)
         if cu_seqlens is not None:

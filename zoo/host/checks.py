@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo import inputs
 from zoo.cache import LayerCache
 from zoo.errors import ZooError
 from zoo.parts import Host, check_cu_seqlens
@@ -30,6 +31,7 @@ def check_facts(facts: Mapping[str, Any]) -> None:
             f"depth={facts['depth']!r} is the index of a layer; it must be below "
             f"layers={facts['layers']!r}"
         )
+    inputs.placed(facts["device"], facts["dtype"])
     for name in ("causal", "bias"):
         if not isinstance(facts[name], bool):
             raise ZooError(f"{name}={facts[name]!r} must be True or False")
@@ -39,6 +41,7 @@ def check_facts(facts: Mapping[str, Any]) -> None:
 
 def check_positions(positions: Tensor, name: str, samples: int, length: int) -> None:
     """Refuse positions that are neither (N,) nor (B, N) int64."""
+    inputs.tensor(name, positions)
     if positions.dtype != torch.int64:
         raise ZooError(f"{name} has dtype {positions.dtype}; allowed: torch.int64")
     if tuple(positions.shape) not in ((length,), (samples, length)):
@@ -55,53 +58,83 @@ def check_input(
     mask: Tensor | None,
     bias: Tensor | None,
     need_weights: bool,
-) -> None:
-    """Refuse arguments of `forward` that the host or its parts cannot take."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Refuse arguments of `forward` that the host or its parts cannot take.
+
+    Returns:
+        The mask with all that the bias hides, and the bias without it (`inputs.split_bias`).
+    """
+    inputs.tensors(x=x, context=context, mask=mask, bias=bias)
     for name, item in (("x", x), ("context", context)):
-        if item is not None and (item.ndim != 3 or item.shape[-1] != host.dim):
+        if item is None:
+            continue
+        if item.ndim != 3 or item.shape[-1] != host.dim:
             raise ZooError(
                 f"{name} of shape {tuple(item.shape)} must be (batch, tokens, dim={host.dim})"
             )
+        inputs.like_weights(host.module, name, item)
     if context is not None:
         if host.causal:
             raise ZooError("context given to causal attention: causality needs one sequence")
         if context.shape[0] != x.shape[0]:
             raise ZooError(f"context has batch {context.shape[0]}, but x has batch {x.shape[0]}")
     if mask is None and bias is None and context is None and not need_weights:
-        return
+        return None, None
     traits = host.traits
     if context is not None and not traits.cross:
         raise ZooError(f"{host.spec!r} cannot attend to a context")
     if need_weights and not traits.weights:
         raise ZooError(f"{host.spec!r} forms no attention weights; need_weights is not possible")
     if mask is not None:
-        if mask.dtype != torch.bool:
-            raise ZooError(
-                f"mask has dtype {mask.dtype}; allowed: torch.bool with True = may attend "
-                "(an additive mask is the argument 'bias')"
-            )
-        if mask.ndim not in (2, 4):
-            raise ZooError(
-                f"mask has rank {mask.ndim}; allowed: 2 (queries, keys) or "
-                "4 (batch, heads, queries, keys)"
-            )
-        if traits.mask == "none":
-            raise ZooError(f"{host.spec!r} takes no mask")
-        if traits.mask == "keys" and not (
-            mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == 1
-        ):
-            raise ZooError(
-                f"{host.spec!r} can hide keys only: mask must have shape (batch, 1, 1, keys), "
-                f"got {tuple(mask.shape)}"
-            )
+        _check_mask(mask)
     if bias is not None:
         if not bias.is_floating_point() or bias.ndim not in (2, 4):
             raise ZooError(
                 f"bias of dtype {bias.dtype} and rank {bias.ndim}; allowed: floating point of "
                 "rank 2 (queries, keys) or 4 (batch, heads, queries, keys)"
             )
-        if not traits.bias:
+        seen, bias = inputs.split_bias(bias)
+        mask = inputs.both(mask, seen)
+        if bias is not None and not traits.bias:
             raise ZooError(f"{host.spec!r} forms no scores that a bias could be added to")
+    if mask is not None:
+        _check_hidden(host, mask)
+    return mask, bias
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise ZooError(
+            f"mask has dtype {mask.dtype}; allowed: torch.bool with True = may attend "
+            f"(an additive mask is the argument 'bias', where entries of at most "
+            f"{inputs.HIDDEN:g} hide a pair)"
+        )
+    if mask.ndim not in (2, 4):
+        raise ZooError(
+            f"mask has rank {mask.ndim}; allowed: 2 (queries, keys) or "
+            "4 (batch, heads, queries, keys)"
+        )
+
+
+def _check_hidden(host: Host, mask: Tensor) -> None:
+    """Refuse masks that the parts cannot honour."""
+    found = host.traits.mask
+    if found == "none":
+        raise ZooError(f"{host.spec!r} takes no mask")
+    if found == "keys" and not (mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == 1):
+        raise ZooError(
+            f"{host.spec!r} can hide keys only: mask must have shape (batch, 1, 1, keys), "
+            f"got {tuple(mask.shape)}"
+        )
+    if mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+        return
+    counting = [part for part in host.socket_parts() if part.counts]
+    if counting and inputs.begins_hidden(mask):
+        name = host.part_names[counting[0].kind]
+        raise ZooError(
+            f"mask hides the first keys of a sample, but {name!r} counts tokens from the first "
+            "one; pad on the right"
+        )
 
 
 def check_cache(host: Host, cache: LayerCache) -> None:
@@ -155,6 +188,7 @@ def spread(
 
 def spread_gate(host: Host, gate: Tensor, y: Tensor) -> Tensor:
     """Bring a head gate to (B|1, H, N|1, 1)."""
+    inputs.tensor("head_gate", gate)
     samples, heads, length, _ = y.shape
     shapes = {1: (heads,), 2: (samples, heads), 3: (samples, heads, length)}
     if shapes.get(gate.ndim) != tuple(gate.shape):

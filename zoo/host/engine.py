@@ -102,15 +102,21 @@ def strip_mask(strip: Strip, select: Select) -> Tensor | None:
 
 
 def _weights(parts: Stations, strip: Strip) -> Tensor:
-    scores = parts.score(strip)
-    if parts.position.biases:
-        scores = parts.position.bias(strip, scores)
+    scores, position = parts.score(strip), parts.position
+    terms = []
+    if position.biases and position.static and parts.normalize.biases_exponent:
+        terms.append(position.bias(strip, None))
+    elif position.biases:
+        scores = position.bias(strip, scores)
     if parts.select.biases:
-        scores = scores + parts.select.bias(strip)
+        terms.append(parts.select.bias(strip))
     bias = _cut(strip.call.bias, strip)
     if bias is not None:
-        scores = scores + bias
-    weights = parts.normalize.weigh(strip, scores)
+        terms.append(bias)
+    if terms and parts.normalize.biases_exponent:
+        weights = parts.normalize.weigh_biased(strip, scores, sum(terms[1:], terms[0]))
+    else:
+        weights = parts.normalize.weigh(strip, sum(terms, scores))
     if strip.mask is not None:
         mask = strip.mask
         if mask.shape[1] not in (1, weights.shape[1]):  # a normalizer may join heads

@@ -11,6 +11,12 @@ of exactly zero weighs nothing, yet counts exp(0) below the line. Adding a const
 changes the result, unlike in softmax; negating q_i negates o_i. The sign is a constant to the
 gradient, as in autograd: with P = |w|, dL/ds_ij = P_ij (do_i . v_j - sign_ij do_i . o_i).
 
+A bias b_ij (ALiBi's and T5's positions, the caller's) is added to the exponent, w_ij ~ sign(s_ij)
+exp(|s_ij| + b_ij): a penalty lowers the size of a weight whatever its sign. On the score itself a
+penalty of a positive score would end as a large negative one, and attract. The authors have no such
+bias: they rotate (language) or embed positions (vision), and hide pairs from |s| in the same place.
+Terms that depend on the queries (CoPE, Transformer-XL) are scores and keep their sign.
+
 The first and the last layer of a model keep plain attention, as in the paper. No parameters.
 
 Code and paper. The official code gives NaN to a row that sees nothing; here it gives zeros. The
@@ -36,7 +42,7 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.host import engine
-from zoo.parts import Call, Host, Normalize, Route, full_precision, mask_scores, repeat_heads
+from zoo.parts import Call, Host, Normalize, Route, Strip, full_precision, mask_scores, repeat_heads
 from zoo.registry import Paper, Taxonomy, register
 
 HALF = (torch.float16, torch.bfloat16)
@@ -394,11 +400,22 @@ def _run_reference(host: Host, call: Call) -> Tensor:
 class Cog(Normalize):
     """Softmax of the sizes of the scores, with the signs of the scores."""
 
+    biases_exponent = True
+
     def forward(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         """Weights (B, H, R, M), at least float32."""
+        return self._weights(scores, mask, None)
+
+    def weigh_biased(self, strip: Strip, scores: Tensor, bias: Tensor) -> Tensor:
+        """Weights (B, H, R, M), at least float32, with a bias on the sizes of the scores."""
+        return self._weights(scores, strip.mask, bias)
+
+    @staticmethod
+    def _weights(scores: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
         scores = scores.float() if scores.dtype in HALF else scores
+        sizes = scores.abs() if bias is None else scores.abs() + bias
         # Hidden pairs are hidden from the sizes: the size of a hidden score would be the largest.
-        return mask_scores(scores.abs(), mask).softmax(-1) * scores.sign()
+        return mask_scores(sizes, mask).softmax(-1) * scores.sign()
 
     def routes(self) -> tuple[Route, ...]:
         """Tiles with their own backward; the official dense form where it is asked for."""

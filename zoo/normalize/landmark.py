@@ -245,6 +245,8 @@ class Landmark(Normalize):
         ZooError: An option is out of range, or belongs to `retrieve`, which is None.
     """
 
+    counts = True
+
     def __init__(
         self,
         block: int = 50,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from zoo.testing.decode import check_cache, check_decode, check_decode_mask
-from zoo.testing.mask import check_empty_rows, check_padding, check_pairs
+from zoo.testing.mask import check_additive, check_empty_rows, check_padding, check_pairs
 from zoo.testing.memory import check_memory
 from zoo.testing.numerics import check_compile, check_gradcheck, check_half, check_large
 from zoo.testing.promises import (
@@ -128,6 +128,7 @@ CONTRACTS = {
     "positions": Contract(check_positions, lambda b: b.is_host),
     "padding": Contract(check_padding, lambda b: _tokens(b) and b.traits.mask != "none"),
     "pairs": Contract(check_pairs, lambda b: _tokens(b) and b.traits.mask == "any"),
+    "additive": Contract(check_additive, lambda b: b.is_host and b.traits.mask != "none"),
     "empty_rows": Contract(check_empty_rows, lambda b: _tokens(b) and b.traits.mask != "none"),
     "decode": Contract(check_decode, _decodes),
     "decode_mask": Contract(check_decode_mask, lambda b: _decodes(b) and b.traits.mask != "none"),
@@ -153,7 +154,7 @@ CONTRACTS = {
 }
 
 # What parts must still keep when several non-default ones share a host.
-JOINT = ("causal", "padding", "empty_rows", "decode", "cache", "packed", "strips")
+JOINT = ("causal", "padding", "additive", "empty_rows", "decode", "cache", "packed", "strips")
 
 
 def owed(build: Build) -> list[str]:

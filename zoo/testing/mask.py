@@ -9,9 +9,17 @@ from torch import Tensor
 
 import zoo
 from zoo.host.attention import Attention
-from zoo.testing.subject import Build, draw, largest, tiny_strips
+from zoo.testing.promises import refused
+from zoo.testing.subject import Build, counts, draw, largest, settle, tiny_strips
 from zoo.testing.tolerances import assert_close
 from zoo.testing.values import flag
+
+# What masks are made of elsewhere: minus infinity, the lowest numbers of types, round numbers.
+HIDDEN = (
+    -torch.inf,
+    *(torch.finfo(t).min for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
+    *(-1e4, -1e9),
+)
 
 
 def check_padding(build: Build) -> None:
@@ -33,6 +41,10 @@ def check_padding(build: Build) -> None:
         assert_close(module(other, mask=mask)[1, :6], y[1, :6], "real rows with new padding")
         front = everything.clone()
         front[1, ..., :3] = False
+        if counts(module):
+            with refused("counts tokens from the first"):
+                module(x, mask=front)
+            continue
         y = module(x, mask=front)
         other = x.detach().clone()
         other[1, :3] = 30 * draw(3, x.shape[-1], seed=5)
@@ -60,11 +72,37 @@ def check_pairs(build: Build) -> None:
         assert_close(module(x, mask=one[0, 0]), module(x, mask=one), "the mask given as (N, M)")
 
 
+def check_additive(build: Build) -> None:
+    """A mask that is written as numbers hides what the boolean mask hides, whatever the numbers."""
+    pairs = build.traits.mask == "any"
+    chance = torch.rand(2, 1, 8 if pairs else 1, 8, generator=torch.Generator().manual_seed(2))
+    seen = chance < 0.6
+    seen[..., 0] = True  # no padding on the left, which parts that count refuse
+    if pairs:
+        seen[1, :, 3] = False  # a row without keys
+    for causal in build.modes:
+        module = build(dtype=torch.float64, **flag(build, causal)).eval()
+        x = build.input(2, 8)
+        expected = settle(module, x, mask=seen)
+        plain = torch.zeros(seen.shape, dtype=torch.float64)
+        for hidden in HIDDEN:
+            found = settle(module, x, bias=plain.masked_fill(~seen, hidden))
+            for name, value in expected.items():
+                what = f"{name}, hidden by {hidden:g} (causal={causal})"
+                assert_close(found[name], value, what, gradient=name != "output")
+        if not build.traits.bias:
+            continue
+        term = 0.5 * draw(*seen.shape, seed=3)
+        given = module(x, mask=seen, bias=term)
+        both = term.masked_fill(~seen, -torch.inf)
+        assert_close(module(x, bias=both), given, f"a bias and a mask in one (causal={causal})")
+
+
 def check_empty_rows(build: Build) -> None:
     """A row that may attend to nothing gets zeros from its heads and never NaN."""
     for causal in build.modes:
         module = build(dtype=torch.float64, **flag(build, causal))
-        for mask in _emptying(build.traits.mask == "any"):
+        for mask in _emptying(build.traits.mask == "any", counts(module)):
             x = build.input(2, 9).requires_grad_()
             for strips in (False, True):
                 if isinstance(module, Attention):
@@ -83,9 +121,10 @@ def check_empty_rows(build: Build) -> None:
                 assert largest(heads[empty]) == 0, "an empty row is not zero"
 
 
-def _emptying(pairs: bool) -> Iterator[Tensor]:
+def _emptying(pairs: bool, counting: bool) -> Iterator[Tensor]:
     keys = torch.ones(2, 1, 1, 9, dtype=torch.bool)
-    keys[1, ..., :4] = False  # the first rows of a causal pass see nothing
+    # The first rows of a causal pass see nothing, where a sample may begin with padding.
+    keys[1, ..., 5 if counting else 0 : 8 if counting else 4] = False
     keys[0] = False  # no row of this sample sees anything
     yield keys
     if pairs:

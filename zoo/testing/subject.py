@@ -167,6 +167,11 @@ class Started(nn.Module):
         return self.inner(x, **self.start(x))
 
 
+def counts(module: nn.Module) -> bool:
+    """Whether a part counts tokens from the first one, so that it refuses padding on the left."""
+    return any(getattr(part, "counts", False) is True for part in module.modules())
+
+
 def settle(module: nn.Module, x: Tensor, **inputs: Any) -> dict[str, Tensor]:
     """Output and all gradients of a pass, auxiliary losses included, by name."""
     x = x.detach().clone().requires_grad_()

@@ -17,6 +17,7 @@ from zoo.errors import CompatibilityError, ZooError, unknown
 from zoo.host.attention import Attention
 from zoo.host.factory import create
 from zoo.host.spec import PartSpec, parse
+from zoo.inputs import split_bias
 from zoo.parts import Position
 from zoo.project.mha import MHA
 from zoo.registry import SOCKETS, Entry
@@ -173,7 +174,7 @@ class TokenAttention(nn.Module):
         Args:
             x: (B, N, C).
             attn_mask: Boolean, True may attend, or floating point, added to the scores (pairs
-                at -inf are hidden); broadcastable to (B, heads, N, N).
+                at -1e4 and below are hidden); broadcastable to (B, heads, N, N).
             is_causal: Only possible for a mechanism bound with ``causal=True``, which is causal
                 whatever is said here.
 
@@ -200,9 +201,8 @@ class TokenAttention(nn.Module):
             return self.attend(x, mask)
         if not mask.is_floating_point():
             raise ZooError(f"attn_mask has dtype {mask.dtype}; allowed: torch.bool or floating")
-        # Minus infinity hides only under a softmax; as a mask it does so everywhere.
-        hidden = mask == -torch.inf
-        return self.attend(x, ~hidden, mask.masked_fill(hidden, 0.0))
+        # A host tells what only hides by itself; a whole module takes nothing else.
+        return self.attend(x, *split_bias(mask))
 
     def attend(self, x: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Mix the tokens x (B, N, C).
