@@ -223,6 +223,9 @@ class Lightning(Attend):
             fused: It can do activation and LRPE itself, under the name of `features`.
         """
         q, k, v = self._operands(call)
+        if q.dtype == torch.float16:
+            # The sums grow with N beyond what float16 holds; only the norm brings them back.
+            q, k, v = q.float(), k.float(), v.float()
         features = Features(self.act, self.theta, call.q_pos)
         options: dict[str, Any] = {}
         # An activation alone is as quick outside of the segments, where it is computed once.
@@ -243,7 +246,7 @@ class Lightning(Attend):
         gate = None if self.gate is None else call.prepared[self.kind]["gate"]
         y = norm_gate(
             y.flatten(2),
-            gate,
+            gate if gate is None else gate.to(y.dtype),
             self.norm_kind,
             getattr(self.norm, "weight", None),
             getattr(self.norm, "bias", None),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,6 +47,9 @@ def _plain_softmax(host: Host, call: Call) -> str | None:
             return f"{kind} is {found!r}, not {wanted!r}"
     if call.dropout and call.q.device.type == "cpu":
         return "its CPU form with dropout holds all N x M weights"
+    biased = host.position.biases or host.select.biases or call.bias is not None
+    if biased and torch._C._are_functorch_transforms_active():
+        return "under torch.func it has no gradient for a bias"
     return None
 
 

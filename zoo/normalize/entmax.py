@@ -96,15 +96,22 @@ def _bisect(x: Tensor, alpha: float) -> Tensor:
 class _Entmax(torch.autograd.Function):
     """Entmax of float32 or float64 scores over the last axis, a > 1."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(scores: Tensor, alpha: float) -> Tensor:
         """Weights of the same shape."""
         # A row of -inf alone must not become NaN.
         scores = scores.clamp(min=torch.finfo(scores.dtype).min)
-        x = ((alpha - 1) * (scores - scores.amax(-1, keepdim=True))).clamp(min=-2.0)
+        top = scores.amax(-1, keepdim=True)
+        # No threshold solves a row with NaN or +inf: it becomes NaN, as that of a softmax does.
+        solvable = top < torch.inf
+        x = ((alpha - 1) * (scores - top)).clamp(min=-2.0).where(solvable, 0.0)
         if alpha == 2:
-            return _sparsemax(x)
-        return _entmax15(x) if alpha == 1.5 else _bisect(x, alpha)
+            p = _sparsemax(x)
+        else:
+            p = _entmax15(x) if alpha == 1.5 else _bisect(x, alpha)
+        return p.where(solvable, torch.nan)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
