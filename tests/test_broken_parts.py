@@ -68,6 +68,7 @@ def test_sound_parts_keep_every_contract(cls: type, facts: dict[str, Any]) -> No
             CONTRACTS[name].check(build)
     kept = {"shape", "gradients", "batch", "gradcheck", "half", "large", "compile", "state_dict"}
     kept |= {"copy", "device", "seed", "parameters", "documented", "tested", "options", "repeat"}
+    kept |= {"vmap"}
     assert set(names) == {
         modules.SoundFeature: kept | {"formats"},
         modules.SoundSlots: kept | SLOTS,
@@ -95,6 +96,7 @@ BROKEN: list[tuple[type, str, str, dict[str, Any]]] = [
     (broken.WrongType, "half", "output of type torch.float64", {}),
     (broken.Overflows, "large", "not finite", {}),
     (broken.BreaksGraph, "compile", "graph|data-dependent", {}),
+    (broken.HasNoRule, "vmap", "does not have vmap support", {}),
     (broken.Forgetful, "state_dict", "after load_state_dict differ", {}),
     (broken.NotPicklable, "copy", "pickle|lambda", {}),
     (broken.AlwaysCpu, "device", "is on cpu, not on meta", {}),
@@ -164,6 +166,7 @@ def test_broken_parts_are_caught(
         "gradcheck": (GradcheckError,),
         "compile": (TorchDynamoException,),
         "copy": (AttributeError,),
+        "vmap": (RuntimeError,),
     }.get(contract, ())
     with registered(cls, **facts) as build:
         assert contract in owed(build), f"{contract} is not due for {cls.__name__}"

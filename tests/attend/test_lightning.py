@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import silu
+from torch.nn.functional import layer_norm, silu
 
 import zoo
 from zoo.attend import _norm_gate
@@ -625,3 +625,17 @@ def test_empty_pieces_between_tokens_that_see_nothing(pieces):
             outs.append(attn(x[:, at : at + size], mask=seen, cache=cache))
             at += size
         assert_close(torch.cat(outs, 1), attn(x, mask=mask), "outputs")
+
+
+@pytest.mark.parametrize("spec", ["lightning", "lightning(act=none, lrpe=False)"])
+def test_sums_of_float16_over_many_tokens_stay_finite(spec):
+    """The sums pass 65504 here; only the norm behind them brings them back."""
+    x = layer_norm(torch.randn(1, 16384, 256), (256,))
+    attn = zoo.create(spec, 256, 4, causal=True)
+    with torch.no_grad():
+        for parameter in attn.parameters():
+            parameter.mul_(4)
+        expected = attn(x)
+        y = attn.half()(x.half())
+    assert y.dtype == torch.float16
+    assert_close(y, expected, "in float16", backend="torch")

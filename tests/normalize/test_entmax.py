@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import zoo
-from zoo.normalize.entmax import entmax, entmax_reference
+from zoo.normalize.entmax import Entmax, entmax, entmax_reference
 from zoo.testing.subject import draw, settle
 from zoo.testing.tolerances import assert_close
 
@@ -179,3 +179,19 @@ def test_bad_alpha(alpha):
         zoo.create("entmax", dim=8, heads=2, alpha=alpha)
     with pytest.raises(zoo.ZooError, match="alpha="):
         entmax(torch.zeros(3), alpha)
+
+
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_without_a_solution_is_nan_like_a_softmax_and_no_other(alpha, bad):
+    scores = draw(3, 5)
+    scores[1, 2] = bad
+    scores[2, 0] = -torch.inf
+    scores.requires_grad_()
+    weights = Entmax(alpha)(scores, None)
+    assert weights.isnan().tolist() == scores.softmax(-1).isnan().tolist()
+    (gradient,) = torch.autograd.grad(weights[[0, 2]].square().sum(), scores)
+    assert bool(gradient[[0, 2]].isfinite().all())
+    clean = draw(3, 5)
+    clean[2, 0] = -torch.inf
+    assert_close(weights[[0, 2]], Entmax(alpha)(clean, None)[[0, 2]])

@@ -186,6 +186,29 @@ class BreaksGraph(Score):
         return scores if float(scores.detach().mean()) > 0 else scores * 1.0
 
 
+class _NoRule(torch.autograd.Function):
+    """The identity, which torch.func is told nothing about."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class HasNoRule(Score):
+    """Goes through a function that nobody can map over."""
+
+    def forward(self, strip: Strip) -> Tensor:
+        return _NoRule.apply(_dot(strip))
+
+
 class InPlace(Combine):
     """Overwrites the layer's input."""
 

@@ -111,7 +111,9 @@ def add_to(x: Tensor, y: Tensor) -> Tensor:
 
 def to_fast_format(x: Tensor) -> Tensor:
     """Lay a map (B, C, H, W) out as convolutions and BatchNorms like it: on a CPU channels last."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    if x.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+        return x  # torch.func knows one format only
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def to_format_of(x: Tensor, y: Tensor) -> Tensor:

@@ -28,8 +28,9 @@ LANES = 32
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether to write the passes down as formulas: for the compiler, other devices, grad mode."""
-    return torch.compiler.is_compiling() or x.device.type != "cpu"
+    """Whether to write the passes down as formulas: for compilers, torch.func, other devices."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return traced or x.device.type != "cpu"
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -90,6 +91,8 @@ class _Pool(torch.autograd.Function):
     What comes back to x through the output x and through the pooled planes is summed up in place.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, axes: tuple[int, ...], places: bool) -> tuple[Tensor, ...]:
         """X, planes (B, 2, P, Q) of at least float32 for each axis, and places (B, P, Q)."""
@@ -145,6 +148,8 @@ class _Pool(torch.autograd.Function):
 
 class _Gate(torch.autograd.Function):
     """x times the mean of gates, each of which is spread along one axis."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, axes: tuple[int, ...], *gates: Tensor) -> Tensor:

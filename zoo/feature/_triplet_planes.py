@@ -169,7 +169,8 @@ class PlaneConv(nn.Conv2d):
     def forward(self, z: Tensor) -> Tensor:
         """Planes (B, 2, P, Q) to (B, 1, P, Q), in the planes' type and outside autocast."""
         weight = self.weight.to(z.dtype)
-        if z.device.type == "cpu":
+        # Transforms of torch.func look into the plain form only.
+        if z.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
             if z.shape[2] < z.shape[3]:  # the short axis last
                 return _correlate(z.transpose(2, 3), weight.transpose(2, 3)).transpose(2, 3)
             return _correlate(z, weight)

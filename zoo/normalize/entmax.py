@@ -107,10 +107,8 @@ class _Entmax(torch.autograd.Function):
         # No threshold solves a row with NaN or +inf: it becomes NaN, as that of a softmax does.
         solvable = top < torch.inf
         x = ((alpha - 1) * (scores - top)).clamp(min=-2.0).where(solvable, 0.0)
-        if alpha == 2:
-            p = _sparsemax(x)
-        else:
-            p = _entmax15(x) if alpha == 1.5 else _bisect(x, alpha)
+        forms = {2: _sparsemax, 1.5: _entmax15}
+        p = forms[alpha](x) if alpha in forms else _bisect(x, alpha)
         return p.where(solvable, torch.nan)
 
     @staticmethod

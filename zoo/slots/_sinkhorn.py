@@ -285,10 +285,15 @@ class _Step(torch.autograd.Function):
         return (*ctx.sweep.back(torch.zeros_like(u), dv), None)
 
 
+def _traced() -> bool:
+    """Whether a compiler or a transform of torch.func looks on, which wants plain operations."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def _compiled_step(
     p: Tensor, log_a: Tensor, log_b: Tensor, v: Tensor, rounds: int
 ) -> tuple[Tensor, Tensor]:
-    """`_Step` in operations that torch.compile takes and differentiates by itself."""
+    """`_Step` in operations that torch.compile and torch.func take and differentiate."""
     with torch.no_grad():
         direction = _unit(_LogSweep(p, log_a, log_b, v, rounds).entropy_gradient(p).neg())
     return _LogSweep(p, log_a, log_b, v, rounds).last()[1], direction
@@ -309,7 +314,7 @@ def sinkhorn(
     """
     p = cost.mT / -temperature
     v = torch.zeros_like(log_b) if v is None else v
-    if torch.compiler.is_compiling():
+    if _traced():
         u, v = _LogSweep(p, log_a, log_b, v, iterations).last()
     else:
         u, v = _Potentials.apply(p, log_a, log_b, v, iterations)
@@ -338,7 +343,7 @@ def mesh(
         facts: Any = (-cost.mT, log_a, log_b, v if reuse else zero)
         if not (exact and reuse):
             facts = [fact.detach() for fact in facts]
-        step: Any = _compiled_step if torch.compiler.is_compiling() else _Step.apply
+        step: Any = _compiled_step if _traced() else _Step.apply
         v, direction = step(*facts, iterations)
         cost = cost - lr * direction.mT
     return cost, v if reuse and steps else None

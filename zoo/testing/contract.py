@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from zoo.testing.decode import check_cache, check_decode, check_decode_mask
 from zoo.testing.mask import check_additive, check_empty_rows, check_padding, check_pairs
 from zoo.testing.memory import check_memory
-from zoo.testing.numerics import check_compile, check_gradcheck, check_half, check_large
+from zoo.testing.numerics import check_compile, check_gradcheck, check_half, check_large, check_vmap
 from zoo.testing.promises import (
     check_bites,
     check_documented,
@@ -113,6 +113,7 @@ CONTRACTS = {
     "half": Contract(check_half, _run),
     "large": Contract(check_large, _run),
     "compile": Contract(check_compile, lambda b: _run(b) and b.traits.compile),
+    "vmap": Contract(check_vmap, lambda b: _run(b) and b.traits.compile),
     "state_dict": Contract(check_state_dict, _run),
     "copy": Contract(check_copy, _run),
     "device": Contract(check_device, _run),

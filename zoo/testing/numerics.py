@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 from zoo.host.attention import Attention
 from zoo.testing.subject import Build, Started, largest, settle
@@ -70,6 +71,46 @@ def check_compile(build: Build) -> None:
                 key = name if name in found else f"_orig_mod.{name}"
                 assert_close(found[key], value, f"compiled: {name}", gradient=name != "output")
     torch._dynamo.reset()
+
+
+def check_vmap(build: Build) -> None:
+    """torch.func maps over samples and over an ensemble of weights, gradients included."""
+    for causal in build.modes[-1:]:
+        facts: dict[str, Any] = {"dtype": torch.float64, **flag(build, causal)}
+        ensemble = [build(seed=seed, **facts).eval() for seed in range(2)]
+        first = ensemble[0]
+        x = build.input(2, 9)
+        weights, buffers = stack_module_state(ensemble)
+
+        def loss(
+            weights: dict[str, Tensor],
+            buffers: dict[str, Tensor],
+            x: Tensor,
+            first: nn.Module = first,
+        ) -> tuple[Tensor, Tensor]:
+            y = functional_call(first, (weights, buffers), (x,))
+            return y.square().sum(), y
+
+        with warnings.catch_warnings():
+            # Operations without a rule of their own are looped over by torch, which says so.
+            warnings.filterwarnings("ignore", ".*batching rule.*", UserWarning)
+            with torch.no_grad():
+                y = vmap(first)(x[:, None])[:, 0]
+            assert_close(y, first(x), f"mapped over samples (causal={causal})")
+            if not weights:
+                continue
+            gradients, found = vmap(grad(loss, has_aux=True), in_dims=(0, 0, None))(
+                weights, buffers, x
+            )
+        for i, module in enumerate(ensemble):
+            module.zero_grad()
+            y = module(x)
+            assert_close(found[i], y, f"mapped over an ensemble (causal={causal})")
+            y.square().sum().backward()
+            for name, parameter in module.named_parameters():
+                if parameter.grad is not None:
+                    what = f"{name} of an ensemble (causal={causal})"
+                    assert_close(gradients[name][i], parameter.grad, what, gradient=True)
 
 
 def check_large(build: Build) -> None:
