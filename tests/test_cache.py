@@ -200,3 +200,74 @@ def test_new_tokens_of_another_shape_are_refused(shape: tuple[int, ...], grad: b
         cache.extend("k", torch.zeros(2, 3, 4, 4))
         with pytest.raises(ZooError, match="k"):
             cache.extend("k", torch.zeros(shape))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_copy_goes_on_by_itself(grad: bool) -> None:
+    cache, pieces = LayerCache(), _pieces([4, 1, 2, 3])
+    with torch.set_grad_enabled(grad):
+        for piece in pieces[:2]:
+            cache.extend("k", piece)
+            cache.length += piece.shape[-2]
+        cache.set_state("s", torch.ones(2, 1))
+        other = cache.copy()
+        ours = cache.extend("k", pieces[2])
+        theirs = other.extend("k", pieces[3])
+        other.set_state("s", torch.zeros(2, 1))
+    assert torch.equal(ours, torch.cat(pieces[:3], -2))
+    assert torch.equal(theirs, torch.cat([*pieces[:2], pieces[3]], -2))
+    assert other.length == cache.length == 5
+    assert torch.equal(cache.get_state("s"), torch.ones(2, 1))
+    whole = Cache()
+    whole[1].extend("k", pieces[0])
+    copied = whole.copy()
+    copied[1].extend("k", pieces[1])
+    assert torch.equal(whole[1].get("k"), pieces[0])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_new_tokens_of_another_type_are_refused_until_the_cache_is_converted(grad: bool) -> None:
+    cache, (first, second) = Cache(), _pieces([4, 1])
+    with torch.set_grad_enabled(grad):
+        cache[0].extend("k", first.bfloat16())
+        cache[0].extend("n", torch.arange(4), dim=-1, batched=False)
+        cache[0].set_state("wide", torch.ones(2, 1))
+        cache[0].set_state("narrow", torch.ones(2, 1, dtype=torch.bfloat16))
+        with pytest.raises(ZooError, match=r"'k' holds torch.bfloat16, but .* torch.float32.*to"):
+            cache[0].extend("k", second)
+        held = cache.to(torch.float32)[0].extend("k", second)
+    assert torch.equal(held, torch.cat([first.bfloat16().float(), second], -2))
+    assert cache[0].get("n").dtype == torch.int64
+    assert cache[0].get_state("narrow").dtype == torch.float32
+    cache.to(torch.bfloat16)
+    assert cache[0].get_state("wide").dtype == torch.float32
+    assert cache[0].get("k").dtype == torch.bfloat16
+
+
+def test_a_host_says_what_a_cache_holds_and_explains_without_touching_it() -> None:
+    import zoo
+
+    host = zoo.create("mha", 16, 4, causal=True)
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    cache = LayerCache()
+    host(x, cache=cache)
+    before = cache.get("k").clone()
+    assert host.explain(x, cache=cache).route == "sdpa_strips"
+    assert torch.equal(cache.get("k"), before)
+    assert cache.length == 5
+    bf16 = LayerCache()
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            host(x, cache=bf16)
+        with pytest.raises(ZooError, match=r"cache entry 'k' holds torch.bfloat16"):
+            host(x[:, :1], cache=bf16)
+        assert bf16.length == 5
+        y = host(x[:, :1], cache=bf16.to(torch.float32))
+    assert y.dtype == torch.float32
+    cross = zoo.create("mha", 16, 4)
+    cache = LayerCache()
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            cross(x, x, cache=cache)
+        with pytest.raises(ZooError, match=r"'cross_k' holds torch.bfloat16"):
+            cross(x, x, cache=cache)

@@ -7,7 +7,7 @@ names of their own: `extend` for entries that grow with the sequence (keys, valu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,7 +61,8 @@ class LayerCache:
             offload: Hold the entry in main memory; what is returned lies there too.
 
         Raises:
-            ZooError: The new tokens do not fit those held in another axis than `dim`.
+            ZooError: The new tokens do not fit those held in another axis than `dim`, or are of
+                another type.
         """
         dim %= new.ndim
         if offload:
@@ -73,6 +74,12 @@ class LayerCache:
                 raise ZooError(
                     f"cache entry {name!r} holds {tuple(old.view().shape)}; new tokens of shape "
                     f"{tuple(got)} differ in more than their number (axis {dim})"
+                )
+            if old.buffer.dtype != new.dtype:
+                raise ZooError(
+                    f"cache entry {name!r} holds {old.buffer.dtype}, but the new tokens are "
+                    f"{new.dtype}; go on as the cache was filled, under the same autocast, or "
+                    "convert it with cache.to(dtype)"
                 )
         if old is not None and keep is None and not torch.is_grad_enabled():
             return self._append(old, new)
@@ -136,6 +143,34 @@ class LayerCache:
             entry.size = length
         self.length = length
 
+    def copy(self) -> LayerCache:
+        """A cache that goes on from the same past by itself; what is held is shared, not copied."""
+        other = LayerCache()
+        other.length = self.length
+        # The copy owns no buffer, so that it never writes into the room behind a shared one.
+        other._entries = {n: replace(e, owned=False) for n, e in self._entries.items()}
+        other._states = dict(self._states)
+        return other
+
+    def to(self, dtype: torch.dtype) -> LayerCache:
+        """Convert floating point entries and states in place, e.g. after a prefill under autocast.
+
+        States that are kept in a wider type than `dtype` stay as they are.
+
+        Args:
+            dtype: A floating point type.
+
+        Returns:
+            The cache itself.
+        """
+        for entry in self._entries.values():
+            if entry.buffer.is_floating_point() and entry.buffer.dtype != dtype:
+                entry.buffer, entry.owned = entry.view().to(dtype), True
+        for name, state in self._states.items():
+            if state.is_floating_point() and torch.promote_types(state.dtype, dtype) == dtype:
+                self._states[name] = state.to(dtype)
+        return self
+
     def select(self, index: Tensor) -> None:
         """Reorder or repeat the batch, e.g. for beams: (B',) int64 indices into the batch."""
         for entry in self._entries.values():
@@ -183,6 +218,18 @@ class Cache:
             layer.check_crop(length)
         for layer in self._layers.values():
             layer.crop(length)
+
+    def copy(self) -> Cache:
+        """A cache that goes on from the same past by itself; what is held is shared, not copied."""
+        other = Cache()
+        other._layers = {index: layer.copy() for index, layer in self._layers.items()}
+        return other
+
+    def to(self, dtype: torch.dtype) -> Cache:
+        """Convert floating point entries of all layers in place; see `LayerCache.to`."""
+        for layer in self._layers.values():
+            layer.to(dtype)
+        return self
 
     def select(self, index: Tensor) -> None:
         """Reorder or repeat the batch of every layer: (B',) int64 indices."""

@@ -9,7 +9,6 @@ A query that may attend to nothing gets zeros from its heads.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -351,7 +350,7 @@ class Attention(nn.Module):
             return routes.Explanation(f"{name} (recall)", {}, ())
         losses = [(part, dict(part.aux_losses)) for part in self.socket_parts()]
         with torch.no_grad():
-            held = copy.deepcopy(cache)
+            held = None if cache is None else cache.copy()
             call = journey.begin(self, x, context, mask, bias, positions, others, held, cu_seqlens)
         for part, before in losses:  # those of the latest forward pass are still to be added up
             part.aux_losses = before

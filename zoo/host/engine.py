@@ -38,37 +38,44 @@ def strips(call: Call, select: Select, whole: bool = False) -> Iterator[Strip]:
     Args:
         call: The pass.
         select: Part that may bound the keys of a strip.
-        whole: One strip only, whatever its size.
+        whole: One strip only, whatever its size; what torch.export makes has to fit every size,
+            so it is one as well.
     """
     samples, heads, length = call.q.shape[:3]
-    total = call.k.shape[2]
     device = call.q.device.type
-    row = max(1, heads * total * call.q.element_size())  # bytes of one row of one sample
-    rows, batch = length, samples
-    if not whole and samples * length * row > WHOLE_BYTES.get(device, WHOLE_BYTES["cuda"]):
-        budget = STRIP_BYTES.get(device, STRIP_BYTES["cuda"])
-        rows = min(length, max(MIN_ROWS, budget // (samples * row)))
-        batch = min(samples, max(1, budget // (rows * row)))
-    for b in range(0, max(1, samples), max(1, batch)):
+    row = heads * call.k.shape[2] * call.q.element_size()  # bytes of one row of one sample
+    whole = whole or torch.compiler.is_exporting()
+    if whole or samples * length * row <= WHOLE_BYTES.get(device, WHOLE_BYTES["cuda"]):
+        # Nothing is cut and nothing looped over, so that sizes can stay symbols of a compiler.
+        yield Strip(call, slice(None), slice(0, length), _keys(call, select, 0, length), call.q)
+        return
+    row = max(1, row)
+    budget = STRIP_BYTES.get(device, STRIP_BYTES["cuda"])
+    rows = min(length, max(MIN_ROWS, budget // (samples * row)))
+    batch = min(samples, max(1, budget // (rows * row)))
+    for b in range(0, samples, batch):
         lot = slice(b, min(b + batch, samples))
         # One split: its backward is one concatenation, where a slice a strip would cost as many
         # full-size gradients.
-        for i, q in enumerate(call.q[lot].split(max(1, rows), 2)):
-            part = slice(i * rows, i * rows + q.shape[2])
-            first, last = 0, total
-            if call.causal:
-                last = min(last, max(0, call.q_start + part.stop - call.k_start))
-            if call.cu_seqlens is not None and not torch.compiler.is_compiling():
-                # No key before the first row's sequence, none after the last row's.
-                ends = call.cu_seqlens.tolist()
-                first = max(end for end in ends if end <= part.start)
-                last = min(last, min(end for end in ends if end >= part.stop))
-            bounds = select.key_range(call, part)
-            if bounds is not None:
-                first, last = max(first, bounds[0]), min(last, bounds[1])
-            first = min(first, last)
-            keys = slice(first, last)
-            yield Strip(call, lot, part, keys, q)
+        for i, q in enumerate(call.q[lot].split(rows, 2)):
+            start, stop = i * rows, i * rows + q.shape[2]
+            yield Strip(call, lot, slice(start, stop), _keys(call, select, start, stop), q)
+
+
+def _keys(call: Call, select: Select, start: int, stop: int) -> slice:
+    """Keys that some of the rows from `start` to `stop` can meet."""
+    first, last = 0, call.k.shape[2]
+    if call.causal:
+        last = min(last, max(0, call.q_start + stop - call.k_start))
+    if call.cu_seqlens is not None and not torch.compiler.is_compiling():
+        # No key before the first row's sequence, none after the last row's.
+        ends = call.cu_seqlens.tolist()
+        first = max(end for end in ends if end <= start)
+        last = min(last, min(end for end in ends if end >= stop))
+    bounds = select.key_range(call, slice(start, stop))
+    if bounds is not None:
+        first, last = max(first, bounds[0]), min(last, bounds[1])
+    return slice(min(first, last), last)
 
 
 def _cut(x: Tensor | None, strip: Strip) -> Tensor | None:

@@ -150,6 +150,11 @@ def _ask(
     q, k, v = host.project.queries(x), cache.get("cross_k"), cache.get("cross_v")
     assert k is not None
     assert v is not None
+    if q.dtype != k.dtype:
+        raise ZooError(
+            f"cache entry 'cross_k' holds {k.dtype}, but the new queries are {q.dtype}; go on as "
+            "the cache was filled, under the same autocast, or convert it with cache.to(dtype)"
+        )
     if host.q_norm is not None:
         q = host.q_norm(q)
     if host.position.rotates:
