@@ -67,10 +67,17 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def turn(x: Tensor, base: float) -> Tensor:
-    """Rotary positions 0, 1, .. of interleaved pairs, as a product of complex numbers."""
+def turn(x: Tensor, base: float, places: Tensor | None = None) -> Tensor:
+    """Rotary positions of interleaved pairs, 0, 1, .. unless told, by products of complex numbers.
+
+    Args:
+        x: (.., N, D).
+        base: Of the wavelengths.
+        places: Positions, (N,).
+    """
     pairs = x.shape[-1] // 2
-    angles = torch.arange(x.shape[-2])[:, None] * base ** (-torch.arange(pairs).double() / pairs)
+    places = torch.arange(x.shape[-2]) if places is None else places
+    angles = places[:, None] * base ** (-torch.arange(pairs).double() / pairs)
     numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(numbers * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
