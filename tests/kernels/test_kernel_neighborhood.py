@@ -188,7 +188,11 @@ def test_grouped_heads_and_odd_widths(h: int, g: int, d: int, e: int) -> None:
     compare(inputs(20, b=2, h=h, g=g, d=d, e=e), tuple(rule))
 
 
-def compare_golden(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def test_masks_and_numbers_of_the_official_code(
+    golden: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighborhood, "EXACT", 32)  # as in use
+    tensors, metadata = golden("neighborhood")
     for number, case in enumerate(metadata["config"]["cases"]):
         names = ("shape", "kernel_size", "dilation", "stride", "is_causal")
         rule = tuple(tuple(case[name]) for name in names)
@@ -205,13 +209,6 @@ def compare_golden(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None
         for x, n in zip(leaves, "qkv", strict=True):
             what = f"case {number}, grad {n}"
             assert_close(x.grad, flat(f"grad.{n}"), what, gradient=True, backend="triton")
-
-
-def test_masks_and_numbers_of_the_official_code(
-    golden: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(neighborhood, "EXACT", 32)  # as in use
-    compare_golden(*golden("neighborhood"))
 
 
 @triton.jit
