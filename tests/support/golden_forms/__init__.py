@@ -13,22 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from golden_files import Golden, read
+from golden_files import Golden
 from torch import Tensor
 
 
 def make(name: str) -> Golden:
-    """Another golden file `name`, checked to be of the same form and not the same file."""
-    tensors, metadata = importlib.import_module(f"golden_forms.{name}").make()
-    shipped, words = read(name)
-    assert metadata.keys() == words.keys()
-    assert metadata["config"].keys() == words["config"].keys()
-    assert metadata["config"] != words["config"]
-    shared = tensors.keys() & shipped.keys()
-    assert shared, "other names for everything"
-    for key in shared:
-        assert tensors[key].dtype == shipped[key].dtype, key
-    return tensors, metadata
+    """Another golden file `name`."""
+    made: Golden = importlib.import_module(f"golden_forms.{name}").make()
+    return made
 
 
 def metadata(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from golden_forms.residual_attention import fill
 from zoo.models.vision.rasm import from_official, rasm
 
 CONFIG: dict[str, Any] = {
-    "embed_dim": 4,
+    "embed_dim": 6,
     "depths": [1, 2, 1, 1, 1, 1, 2, 1, 1],
     "num_heads": [1, 1, 2, 4, 4, 4, 8, 2, 1],
     "kernel_size": 3,
