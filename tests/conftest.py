@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -15,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+import golden_files
+import golden_forms
 import numpy as np
 import pytest
 import torch
@@ -33,8 +34,6 @@ pytest_plugins = ["processor_time", "record_fixtures"]
 
 settings.register_profile("zoo", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("zoo")
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -76,20 +75,22 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def golden() -> Callable[[str], tuple[dict[str, Tensor], dict[str, Any]]]:
+def golden() -> Callable[[str], golden_files.Golden]:
     """Loader of tests/golden/<name>.safetensors: (tensors, metadata with JSON values read)."""
-    from safetensors import safe_open
+    return golden_files.read
 
-    def load(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        with safe_open(str(GOLDEN / f"{name}.safetensors"), framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata: dict[str, Any] = {}
-            for key, value in (file.metadata() or {}).items():
-                try:
-                    metadata[key] = json.loads(value)
-                except json.JSONDecodeError:
-                    metadata[key] = value
-        return tensors, metadata
+
+@pytest.fixture
+def other_golden(tmp_path: Path) -> Callable[[str], golden_files.Golden]:
+    """Loader of another file of the form of tests/golden/<name>.safetensors, made for the test.
+
+    A golden test holds for any file of its form, so what it compares is compared in these too.
+    """
+
+    def load(name: str) -> golden_files.Golden:
+        path = tmp_path / f"{name}.safetensors"
+        golden_files.write(path, *golden_forms.make(name))
+        return golden_files.load(path)
 
     return load
 

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_files import read, under
 from torch import Tensor
 
 import zoo
@@ -61,16 +62,23 @@ def weight(layer):
     return None if layer is None else layer.weight
 
 
-@pytest.mark.parametrize("route", ["sdpa", "engine", "moh_skip"])
-@pytest.mark.parametrize("variant", ["two_stage", "no_shared", "shared_only"])
-def test_golden_with_gradients(golden, variant, route):
-    tensors, metadata = golden("moh")
+GOLDEN_ROUTES = ("sdpa", "engine", "moh_skip")
+
+
+def golden_variants(tensors, metadata):
+    return list(metadata["config"]["variants"])
+
+
+def compare_variant(tensors, metadata, variant, route):
+    """Output, balance loss and all gradients of a layer of the diffusion model."""
     config = metadata["config"]
     wanted = config["variants"][variant]
     options = {"shared_heads": wanted["shared_head"], "top_k": wanted["routed_head"]}
-    options |= {"aux_weight": config["aux_coeff"], "bias": True}
+    options |= {"aux_weight": config["aux_coeff"]}
+    options["bias"] = f"param.{variant}.qkv.bias" in tensors
     attn = build(dim=config["dim"], heads=config["num_heads"], **options)
-    if route == "moh_skip" and variant == "shared_only":
+    routed = wanted["shared_head"] < config["num_heads"]
+    if route == "moh_skip" and not routed:
         assert "moh_skip" not in zoo.host.attention.routes.names(attn), "nothing to skip"
         return
     attn.route = route
@@ -82,14 +90,14 @@ def test_golden_with_gradients(golden, variant, route):
         return tensors[f"{prefix}.{names[layer]}.{kind}"]
 
     attn.load_state_dict({name: theirs(f"param.{variant}", name) for name in attn.state_dict()})
-    x = tensors[f"in.{variant}.x"].requires_grad_()
+    x = tensors[f"in.{variant}.x"].clone().requires_grad_()
     y = attn(x)
     losses = zoo.auxiliary_losses(attn)
     loss = (y * tensors[f"in.{variant}.cotangent"]).sum() + sum(losses.values())
     loss.backward()
     assert_close(y, tensors[f"out.{variant}.y"], "output")
     aux = tensors[f"out.{variant}.aux"][0] * config["aux_coeff"]
-    assert ("moh_balance" in losses) == (variant != "shared_only")
+    assert ("moh_balance" in losses) == routed
     if losses:
         # The official code averages the selection in float32.
         assert_close(losses["moh_balance"], aux, "balance loss", dtype=torch.float32)
@@ -111,8 +119,7 @@ class TransNeXtProject(MHA):
         return q, F.normalize(k, dim=-1), v
 
 
-def test_golden_vision(golden):
-    tensors, metadata = golden("moh")
+def compare_vision(tensors, metadata):
     config = metadata["config"]
     options = {"shared_heads": config["shared"], "top_k": config["routed_topk"], "bias": True}
     heads = config["vit"]["num_heads"]
@@ -120,15 +127,17 @@ def test_golden_vision(golden):
     width = config["dim"] // heads
     layout = Layout(heads, heads, heads, heads, width, width)
     attn.project = TransNeXtProject(config["dim"], layout, bias=True)
-    param = {
-        key.removeprefix("param.vit."): x for key, x in tensors.items() if key.startswith("param.v")
-    }
+    param = under(tensors, "param.vit.")
     attn.project.embedding = param["query_embedding"]
     temperature = F.softplus(param["temperature"])
     attn.project.factor = temperature * tensors["in.vit.seq_length_scale"]
     state = {f"project.qkv.{kind}": param[f"qkv.{kind}"] for kind in ("weight", "bias")}
     state |= {f"combine.proj.{kind}": param[f"proj.{kind}"] for kind in ("weight", "bias")}
-    state |= {f"combine.{own}.weight": param[f"{name}.weight"] for own, name in ROUTERS.items()}
+    state |= {
+        f"combine.{own}.weight": param[f"{name}.weight"]
+        for own, name in ROUTERS.items()
+        if f"{name}.weight" in param
+    }
     attn.load_state_dict(state)
     hidden = F.linear(tensors["in.vit.rel_table"], param["cpb_fc1.weight"], param["cpb_fc1.bias"])
     table = F.linear(hidden.relu(), param["cpb_fc2.weight"], param["cpb_fc2.bias"])
@@ -137,27 +146,49 @@ def test_golden_vision(golden):
     assert_close(y, tensors["out.vit.y"], "output")
 
 
-def test_golden_llama(golden):
-    tensors, metadata = golden("moh")
+def compare_llama(tensors, metadata):
     config = metadata["config"]["llama"]
-    heads, width = config["num_heads"], config["head_dim"]
-    spec = f"moh(router=query_norm)+rope(base={config['rope_theta']})"
-    options = {"kv_heads": config["kv_heads"], "head_dim": width, "causal": True}
-    attn = zoo.create(spec, heads * width, heads, **options)
-    assert attn.combine.shared_heads == config["shared"]
-    assert attn.combine.top_k == config["routed_topk"]
+    heads, width, shared = config["num_heads"], config["head_dim"], config["shared"]
+    style = "interleaved" if "interleaved" in config["rope"] else "half"
+    spec = f"moh(router=query_norm)+rope(base={config['rope_theta']}, style={style})"
+    options = {"kv_heads": config["kv_heads"], "head_dim": width, "causal": config["causal"]}
+    options |= {"shared_heads": shared, "top_k": config["routed_topk"]}
+    x = tensors["in.llama.x"]
+    attn = zoo.create(spec, x.shape[-1], heads, **options)
     rows = [tensors[f"param.llama.{name}_proj.weight"] for name in "qkv"]
     out = tensors["param.llama.o_proj.weight"]
     attn.load_state_dict({"project.qkv.weight": torch.cat(rows), "combine.proj.weight": out})
-    x = tensors["in.llama.x"]
-    q = attn.project.queries(x)[:, config["shared"] :]
+    q = attn.project.queries(x)[:, shared:]
     norms = q.norm(dim=-1).transpose(1, 2).flatten(0, 1)
     assert_close(norms, tensors["out.llama.query_norms"], "norms")
     for mode in (True, False):  # the straight-through estimator changes no value
         attn.train(mode)
-        for route in ("sdpa", "engine", "moh_skip"):
+        for route in GOLDEN_ROUTES:
             attn.route = route
             assert_close(attn(x), tensors["out.llama.y"], f"output of {route}")
+
+
+@pytest.mark.parametrize("route", GOLDEN_ROUTES)
+@pytest.mark.parametrize("variant", golden_variants(*read("moh")))
+def test_golden_with_gradients(golden, variant, route):
+    compare_variant(*golden("moh"), variant, route)
+
+
+def test_golden_vision(golden):
+    compare_vision(*golden("moh"))
+
+
+def test_golden_llama(golden):
+    compare_llama(*golden("moh"))
+
+
+def test_another_golden_file(other_golden):
+    file = other_golden("moh")
+    for variant in golden_variants(*file):
+        for route in GOLDEN_ROUTES:
+            compare_variant(*file, variant, route)
+    compare_vision(*file)
+    compare_llama(*file)
 
 
 def plainly(attn, mask=None):

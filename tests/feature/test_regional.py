@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_files import read, under
 from torch import Tensor
 
 import zoo
@@ -19,7 +20,6 @@ CONTRACT_OPTIONS = [
     {"kernel": 3, "dilation": 1, "qkv_bias": False, "rel_pos_bias": False},
     {"heads": 1, "kernel": 5, "dilation": 2, "scale": 0.5},
 ]
-CASES = ("na_k3d1", "na_k3d2", "na_k5d3", "na_pad")
 BACKENDS = ("torch", "reference")
 
 
@@ -32,24 +32,35 @@ def a_module(*args: int, **options: object) -> RegionalAttention:
     return module
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
-@pytest.mark.parametrize("tag", CASES)
-def test_golden(golden, tag, backend):
-    tensors, metadata = golden("regional")
+def golden_tags(tensors, metadata):
+    return [case["tag"] for case in metadata["config"]["cases"]]
+
+
+def compare_case(tensors, metadata, tag, backend):
     case = next(c for c in metadata["config"]["cases"] if c["tag"] == tag)
     module = RegionalAttention(
         case["dim"], case["heads"], case["kernel_size"], case["dilation"], backend=backend
     )
-    start = f"param.{tag}."
-    module.load_state_dict(
-        {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
-    )
+    module.load_state_dict(under(tensors, f"param.{tag}."))
     x = tensors[f"in.{tag}.x"].clone().requires_grad_()
     y = module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     assert_close(y, tensors[f"out.{tag}.y"], "output")
     dx, drpb = torch.autograd.grad((y * tensors[f"in.{tag}.w"]).sum(), (x, module.rpb))
     assert_close(dx, tensors[f"grad.{tag}.x"], "gradient of x", gradient=True)
     assert_close(drpb, tensors[f"grad.{tag}.rpb"], "gradient of the table", gradient=True)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("tag", golden_tags(*read("regional")))
+def test_golden(golden, tag, backend):
+    compare_case(*golden("regional"), tag, backend)
+
+
+def test_another_golden_file(other_golden):
+    file = other_golden("regional")
+    for tag in golden_tags(*file):
+        for backend in (*BACKENDS, "auto"):
+            compare_case(*file, tag, backend)
 
 
 @pytest.mark.parametrize(

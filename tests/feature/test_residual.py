@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from golden_files import read, under
+from residual_names import golden_cases, kind_of, names_of_module, set_norms
 from torch import nn
 
 import zoo
@@ -22,37 +24,6 @@ CONTRACT_OPTIONS = [
 ]
 ROUTES = ("fused", "reference")
 
-# Where the parts of the golden modules are here: by number of poolings, names of theirs and ours.
-_PLACES = {
-    3: {
-        "softmax1_blocks": "mask_branch.down.0.0",
-        "softmax2_blocks": "mask_branch.down.1.0",
-        "softmax3_blocks.0": "mask_branch.bottom.0",
-        "softmax3_blocks.1": "mask_branch.bottom.1",
-        "skip1_connection_residual_block": "mask_branch.skip.0.0",
-        "skip2_connection_residual_block": "mask_branch.skip.1.0",
-        "softmax4_blocks": "mask_branch.up.0.0",
-        "softmax5_blocks": "mask_branch.up.1.0",
-    },
-    1: {
-        "softmax1_blocks.0": "mask_branch.bottom.0",
-        "softmax1_blocks.1": "mask_branch.bottom.1",
-    },
-    0: {
-        "middle_2r_blocks.0": "mask_branch.bottom.0",
-        "middle_2r_blocks.1": "mask_branch.bottom.1",
-    },
-}
-_TRUNK = {
-    "first_residual_blocks": "pre.0",
-    "trunk_branches.0": "trunk.0",
-    "trunk_branches.1": "trunk.1",
-    "last_blocks": "post.0",
-}
-_HEADS = {3: "softmax6_blocks", 1: "softmax2_blocks", 0: "conv1_1_blocks"}
-_HEAD = {"0": "bn1", "2": "conv1", "3": "bn2", "5": "conv2"}
-GOLDEN = {"pre3": (3, False), "s1add": (3, True), "s3add": (1, True), "c3": (0, False)}
-
 
 def a_module(depth="auto", channels=8, seed=0, **options) -> AttentionModule:
     """A module in float64 with noise on all parameters and running statistics."""
@@ -68,37 +39,43 @@ def a_module(depth="auto", channels=8, seed=0, **options) -> AttentionModule:
     return module
 
 
-def golden_module(tensors, case):
-    depth, extra_adds = GOLDEN[case]
-    places = {
-        **_TRUNK,
-        **_PLACES[depth],
-        **{f"{_HEADS[depth]}.{i}": f"mask_branch.head.{name}" for i, name in _HEAD.items()},
-    }
-    module = AttentionModule(8, depth, pool="pad", extra_adds=extra_adds)
+def golden_module(tensors, config, case):
+    depth, extra_adds = kind_of(config, case)
+    names = names_of_module(depth)
+    pool = "ceil" if "ceil" in config["max_pool"] else "pad"
+    module = AttentionModule(config["channels"], depth, pool=pool, extra_adds=extra_adds)
     state = {k: v for k, v in module.state_dict().items() if "num_batches" in k}
-    for key, value in tensors.items():
-        if key.startswith(f"param.{case}."):
-            name = key.removeprefix(f"param.{case}.")
-            (place,) = [p for p in places if name.startswith(f"{p}.")]
-            state[places[place] + name.removeprefix(place)] = value
+    for key, value in under(tensors, f"param.{case}.").items():
+        (place,) = [p for p in names if key.startswith(f"{p}.")]
+        state[names[place] + key.removeprefix(place)] = value
     module.load_state_dict(state)
+    set_norms(module, config)
     return module
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("case", GOLDEN)
-def test_golden_modules(golden, case, route):
-    tensors, _ = golden("residual_attention")
-    module = golden_module(tensors, case)
+def compare_module(tensors, metadata, case, route):
+    module = golden_module(tensors, metadata["config"], case)
     module.route = route
-    x = tensors[f"in.{case}.x"].requires_grad_()
+    x = tensors[f"in.{case}.x"].clone().requires_grad_()
     y = module.eval()(x)
     assert_close(y, tensors[f"out.{case}.eval"], "output in evaluation")
     (y * tensors[f"in.{case}.w"]).sum().backward()
     assert_close(x.grad, tensors[f"grad.{case}.eval.x"], "gradient", gradient=True)
     if f"out.{case}.train" in tensors:
         assert_close(module.train()(x), tensors[f"out.{case}.train"], "output in training")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("case", golden_cases(*read("residual_attention")))
+def test_golden_modules(golden, case, route):
+    compare_module(*golden("residual_attention"), case, route)
+
+
+def test_another_golden_file(other_golden):
+    file = other_golden("residual_attention")
+    for case in golden_cases(*file):
+        for route in ROUTES:
+            compare_module(*file, case, route)
 
 
 OPTIONS = [

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from residual_names import set_norms
 
 import zoo
 from zoo.errors import ZooError
@@ -58,24 +59,23 @@ def settle(module, x, cotangent):
     return {"y": y, "x": x.grad, **{n: p.grad for n, p in module.named_parameters()}}
 
 
-def golden_module(tensors, route, dtype=torch.float64, **options):
-    module = TripletAttention(6, dtype=dtype, **options)
-    prefix = "param.nospatial." if options else "param."
+def golden_module(tensors, config, route, dtype=torch.float64, **options):
+    options |= {"kernel_size": config["kernel_size"], "bn_momentum": config["bn_momentum"]}
+    module = TripletAttention(config["C"], dtype=dtype, **options)
+    prefix = "param.nospatial." if "no_spatial" in options else "param."
     state = {n: tensors[prefix + n] for n in module.state_dict() if "num_batches" not in n}
     missing, unexpected = module.load_state_dict(state, strict=False)
     assert not unexpected
     assert all("num_batches_tracked" in name for name in missing)
+    set_norms(module, config)
     module.route = route
     return module
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("memory", FORMATS)
-@pytest.mark.parametrize("route", ROUTES)
-def test_golden(golden, route, memory, dtype, planes):
-    tensors, _ = golden("triplet")
+def compare(tensors, metadata, route, memory, dtype):
+    config = metadata["config"]
     x, w = (tensors[f"in.{n}"].to(dtype).contiguous(memory_format=memory) for n in "xw")
-    module = golden_module(tensors, route, dtype).eval()
+    module = golden_module(tensors, config, route, dtype).eval()
     found = settle(module, x, w)
     assert_close(found.pop("y"), tensors["out.eval"], "eval")
     for name, grad in found.items():
@@ -86,10 +86,25 @@ def test_golden(golden, route, memory, dtype, planes):
     for name, value in module.named_buffers():
         if "num_batches" not in name:
             assert_close(value, tensors[f"out.running_after_train.{name}"], name)
-    module = golden_module(tensors, route, dtype, no_spatial=True).eval()
+    module = golden_module(tensors, config, route, dtype, no_spatial=True).eval()
     found = settle(module, x, w)
     assert_close(found["y"], tensors["out.nospatial.eval"], "no_spatial")
     assert_close(found["x"], tensors["grad.nospatial.eval.x"], "no_spatial: x", gradient=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("memory", FORMATS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_golden(golden, route, memory, dtype, planes):
+    compare(*golden("triplet"), route, memory, dtype)
+
+
+def test_another_golden_file(other_golden, planes):
+    file = other_golden("triplet")
+    for route in ROUTES:
+        for memory in FORMATS:
+            for dtype in (torch.float64, torch.float32):
+                compare(*file, route, memory, dtype)
 
 
 OPTIONS = [

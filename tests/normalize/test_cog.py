@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_files import under
 from torch.func import functional_call, grad, vmap
 
 import zoo
@@ -39,19 +40,21 @@ def both(form, q, k, v, cotangent, **options):
     return [y, *torch.autograd.grad((y * cotangent).sum(), inputs)]
 
 
-def golden_host(tensors, **options):
-    attn = zoo.create("cog+rope(style=interleaved)", 16, 2, causal=True, **options)
+def golden_host(tensors, config, causal=True, **options):
+    """The layer of the language model."""
+    style = "interleaved" if "interleaved" in config["rope"] else "half"
+    spec = f"cog+rope(style={style}, base={config['rope_theta']})"
+    facts = {"head_dim": config["head_dim"], "causal": causal, **options}
+    attn = zoo.create(spec, config["dim"], config["n_heads"], **facts)
     stacked = torch.cat([tensors[f"param.{n}"].t() for n in ("qw", "kw", "vw")])
     state = {"project.qkv.weight": stacked, "combine.proj.weight": tensors["param.ow"].t()}
     attn.load_state_dict(state)
     return attn
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_golden_language(golden, route):
-    tensors, _ = golden("cog")
-    attn = golden_host(tensors, route=route)
-    x = tensors["in.x"].requires_grad_()
+def compare_language(tensors, metadata, route):
+    attn = golden_host(tensors, metadata["config"], route=route)
+    x = tensors["in.x"].clone().requires_grad_()
     y, weights = attn(x, need_weights=True)
     (y * tensors["in.cotangent"]).sum().backward()
     assert_close(y, tensors["out.y"], "output")
@@ -63,52 +66,81 @@ def test_golden_language(golden, route):
     assert_close(attn.combine.proj.weight.grad, expected, "output projection", gradient=True)
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_golden_masks_and_decoding(golden, route):
-    tensors, _ = golden("cog")
-    attn = golden_host(tensors, route=route)
+def compare_masks_and_decoding(tensors, metadata, route):
+    attn = golden_host(tensors, metadata["config"], route=route)
     x = tensors["in.x"]
     documents = tensors["in.doc_mask"].bool()[:, None]
     assert_close(attn(x, mask=documents), tensors["out.y_docmask"], "packed documents")
     # A mask instead of causality: the two have to say the same.
-    free = zoo.create("cog+rope(style=interleaved)", 16, 2, route=route)
-    free.load_state_dict(attn.state_dict())
+    free = golden_host(tensors, metadata["config"], causal=False, route=route)
     mask = tensors["in.causal_mask"].bool()
     assert_close(free(x, mask=mask), tensors["out.y"], "causality as a mask")
     cache = zoo.LayerCache()
+    pieces = [piece for piece in x.tensor_split((1, 2, 5), 1) if piece.shape[1]]
     with torch.no_grad():
-        steps = [attn(piece, cache=cache) for piece in x.split([1, 1, 3, 2], 1)]
+        steps = [attn(piece, cache=cache) for piece in pieces]
     assert_close(torch.cat(steps, 1), tensors["out.y_decode"], "decoded")
+
+
+def compare_functions(tensors, metadata, form):
+    config, x = metadata["config"], tensors["in.x"]
+    attn, places = golden_host(tensors, config), torch.arange(x.shape[1])
+    q, k, v = attn.project(x, None, None)
+    q, k = attn.position.rotate(q, k, places, places)
+    y = form(q, k, v, causal=True)
+    assert_close(attn.combine(y, x, {}), tensors["out.y"], "language")
+    x = tensors["in.vision.x"]
+    param = under(tensors, "param.vision.")
+    rows = F.linear(x, param["qkv.weight"], param.get("qkv.bias"))
+    q, k, v = rows.unflatten(-1, (3, config["vision_num_heads"], -1)).permute(2, 0, 3, 1, 4)
+    y = form(q, k, v).transpose(1, 2).flatten(2)
+    y = F.linear(y, param["proj.weight"], param["proj.bias"])
+    assert_close(y, tensors["out.vision.y"], "vision")
+
+
+def compare_vision(tensors, metadata, route):
+    config, x = metadata["config"], tensors["in.vision.x"]
+    attn = zoo.create("cog", x.shape[-1], config["vision_num_heads"], bias=True, route=route)
+    param = under(tensors, "param.vision.")
+    assert ("qkv.bias" in param) == config["vision_qkv_bias"]
+    state = {
+        "project.qkv.weight": param["qkv.weight"],
+        "project.qkv.bias": param.get("qkv.bias", torch.zeros(len(param["qkv.weight"]))),
+        "combine.proj.weight": param["proj.weight"],
+        "combine.proj.bias": param["proj.bias"],
+    }
+    attn.load_state_dict(state)
+    assert_close(attn(x), tensors["out.vision.y"], "vision")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_golden_language(golden, route):
+    compare_language(*golden("cog"), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_golden_masks_and_decoding(golden, route):
+    compare_masks_and_decoding(*golden("cog"), route)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_golden_functions(golden, form):
-    tensors, _ = golden("cog")
-    attn = golden_host(tensors)
-    q, k, v = attn.project(tensors["in.x"], None, None)
-    q, k = attn.position.rotate(q, k, torch.arange(7), torch.arange(7))
-    y = form(q, k, v, causal=True)
-    assert_close(attn.combine(y, tensors["in.x"], {}), tensors["out.y"], "language")
-    x = tensors["in.vision.x"]
-    rows = F.linear(x, tensors["param.vision.qkv.weight"])
-    q, k, v = rows.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-    y = form(q, k, v).transpose(1, 2).flatten(2)
-    y = F.linear(y, tensors["param.vision.proj.weight"], tensors["param.vision.proj.bias"])
-    assert_close(y, tensors["out.vision.y"], "vision")
+    compare_functions(*golden("cog"), form)
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_golden_vision(golden, route):
-    tensors, _ = golden("cog")
-    attn = zoo.create("cog", 16, 2, bias=True, route=route)
-    state = {
-        "project.qkv.weight": tensors["param.vision.qkv.weight"],
-        "project.qkv.bias": torch.zeros(48),
-        "combine.proj.weight": tensors["param.vision.proj.weight"],
-        "combine.proj.bias": tensors["param.vision.proj.bias"],
-    }
-    attn.load_state_dict(state)
-    assert_close(attn(tensors["in.vision.x"]), tensors["out.vision.y"], "vision")
+    compare_vision(*golden("cog"), route)
+
+
+def test_another_golden_file(other_golden):
+    file = other_golden("cog")
+    for route in ROUTES:
+        compare_language(*file, route)
+        compare_masks_and_decoding(*file, route)
+        compare_vision(*file, route)
+    for form in FORMS:
+        compare_functions(*file, form)
 
 
 def masks_of(n, m):

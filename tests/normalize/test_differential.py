@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_files import read, under
 
 import zoo
 from zoo.models.language.decoder_lm import DecoderLM
@@ -29,13 +30,27 @@ def build(spec="differential", heads=4, **options):
     return zoo.create(spec, **options)
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize(("case", "kv_heads"), [("mha", 2), ("gqa", 1)])
-def test_golden(golden, case, kv_heads, route):
-    tensors, metadata = golden("baseline_diff")
-    spec = "differential(kv_grouping=official)+rope(style=interleaved)"
-    options = {"kv_heads": kv_heads, "causal": True, "depth": metadata["config"]["depth"]}
-    attn = zoo.create(spec, 16, 2, route=route, **options)
+def golden_host(config, case, dim, route):
+    """The layer of a case; its groups stand under the name of the case where there are any."""
+    style, _, base = config["rope"].split()
+    spec = (
+        f"differential(kv_grouping=official, eps={config['eps']})"
+        f"+rope(style={style}, base={float(base)})"
+    )
+    heads = config["num_heads"]
+    facts = {"kv_heads": config.get(f"{case}_kv_heads", heads), "depth": config["depth"]}
+    # Theirs is the width of a query, ours that of a value.
+    facts["head_dim"] = 2 * config["head_dim"]
+    return zoo.create(spec, dim, heads, causal=True, route=route, **facts)
+
+
+def golden_cases(tensors, metadata):
+    return [name.removesuffix(".y") for name in under(tensors, "out.") if name.endswith(".y")]
+
+
+def compare_case(tensors, metadata, case, route):
+    x = tensors[f"in.{case}.x"].clone().requires_grad_()
+    attn = golden_host(metadata["config"], case, x.shape[-1], route)
     names = ("q_proj", "k_proj", "v_proj")
     own = {
         "combine.proj.weight": "out_proj.weight",
@@ -49,7 +64,6 @@ def test_golden(golden, case, kv_heads, route):
         return {**found, "project.qkv.weight": torch.cat(stacked)}
 
     attn.load_state_dict(mapped(f"param.{case}"))
-    x = tensors[f"in.{case}.x"].requires_grad_()
     y = attn(x)
     (y * tensors[f"in.{case}.cotangent"]).sum().backward()
     assert_close(y, tensors[f"out.{case}.y"], "output")
@@ -57,9 +71,22 @@ def test_golden(golden, case, kv_heads, route):
     expected = mapped(f"grad.{case}.param")
     for name, parameter in attn.named_parameters():
         assert_close(parameter.grad, expected[name], name, gradient=True)
-    if case == "mha":
+    if f"out.{case}.lambda_init" in tensors:
         init = torch.tensor([attn.normalize.lambda_init])
-        assert_close(init, tensors["out.mha.lambda_init"], "lambda_init")
+        assert_close(init, tensors[f"out.{case}.lambda_init"], "lambda_init")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("case", golden_cases(*read("baseline_diff")))
+def test_golden(golden, case, route):
+    compare_case(*golden("baseline_diff"), case, route)
+
+
+def test_another_golden_file(other_golden):
+    file = other_golden("baseline_diff")
+    for case in golden_cases(*file):
+        for route in ROUTES:
+            compare_case(*file, case, route)
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from golden_files import read, under
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -24,16 +25,37 @@ def gradient(function, scores, cotangent, *args):
     return y.detach(), scores.grad
 
 
-@pytest.mark.parametrize(
-    ("name", "alpha"),
-    [("sparsemax", 2.0), ("entmax15", 1.5), ("entmax125", 1.25), ("entmax175", 1.75)],
-)
-def test_golden(golden, name, alpha):
-    tensors, _ = golden("baseline_entmax")
-    y, g = gradient(entmax, tensors["in.scores"], tensors["in.cotangent"], alpha)
+def golden_names(tensors, metadata):
+    return sorted(under(tensors, "out."))
+
+
+def alpha_of(name):
+    """The file names its functions by alpha: entmax125 is that of 1.25, sparsemax that of 2."""
+    digits = name.removeprefix("entmax")
+    return 2.0 if name == "sparsemax" else float(f"{digits[0]}.{digits[1:]}")
+
+
+def compare(tensors, metadata, name):
+    axis = metadata["config"]["axis"]
+
+    def along(scores, alpha):
+        return entmax(scores.movedim(axis, -1), alpha).movedim(-1, axis)
+
+    y, g = gradient(along, tensors["in.scores"], tensors["in.cotangent"], alpha_of(name))
     assert_close(y, tensors[f"out.{name}"], name)
     assert_close(g, tensors[f"grad.{name}.in.scores"], f"gradient of {name}", gradient=True)
     assert torch.equal(y == 0, tensors[f"out.{name}"] == 0), "another support"
+
+
+@pytest.mark.parametrize("name", golden_names(*read("baseline_entmax")))
+def test_golden(golden, name):
+    compare(*golden("baseline_entmax"), name)
+
+
+def test_another_golden_file(other_golden):
+    file = other_golden("baseline_entmax")
+    for name in golden_names(*file):
+        compare(*file, name)
 
 
 def test_worked_examples():

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_files import read, under
 from torch import nn
 from torch.func import grad, vmap
 
@@ -65,50 +66,65 @@ def line_by_line(scores, block):
     return weights
 
 
+def golden_spec(config, **options):
+    """The layer of the official model; its rotary base stands in the code and in no file."""
+    given = {"block": config["mem_freq"], **options}
+    words = ", ".join(f"{name}={value}" for name, value in given.items())
+    position = {"rotary": "rope(style=interleaved)"}[config["positional_encoder"]]
+    return f"landmark({words})+{position}"
+
+
 class GoldenGPT(nn.Module):
     """The official model around the zoo's hosts: pre-norm, GELU, tied head."""
 
-    def __init__(self, tensors, spec):
+    def __init__(self, tensors, config, **options):
         super().__init__()
-        self.tensors = tensors
-        self.attn = nn.ModuleList(zoo.create(spec, 16, 2, causal=True) for _ in range(2))
+        self.param = under(tensors, "param.transformer.")
+        facts = {"dim": config["n_embd"], "heads": config["n_head"], "bias": config["bias"]}
+        spec = golden_spec(config, **options)
+        self.attn = nn.ModuleList(
+            zoo.create(spec, causal=True, **facts) for _ in range(config["n_layer"])
+        )
         for i, attn in enumerate(self.attn):
             names = {"project.qkv": "c_attn", "combine.proj": "c_proj"}
-            state = {f"{a}.weight": self.of(f"h.{i}.attn.{b}") for a, b in names.items()}
-            attn.load_state_dict(state)
+            kinds = ("weight", "bias")[: 1 + config["bias"]]
+            attn.load_state_dict(
+                {
+                    f"{a}.{c}": self.param[f"h.{i}.attn.{b}.{c}"]
+                    for a, b in names.items()
+                    for c in kinds
+                }
+            )
 
     def of(self, name):
-        return self.tensors[f"param.transformer.{name}.weight"]
+        """Weight and bias of a layer, where it has one."""
+        return self.param[f"{name}.weight"], self.param.get(f"{name}.bias")
 
     def norm(self, x, name):
-        return F.layer_norm(x, (16,), self.of(name))
+        return F.layer_norm(x, x.shape[-1:], *self.of(name))
 
     def forward(self, tokens, cache=None):
-        x = F.embedding(tokens, self.of("wte"))
+        words = self.param["wte.weight"]
+        x = F.embedding(tokens, words)
         for i, attn in enumerate(self.attn):
             x = x + attn(self.norm(x, f"h.{i}.ln_1"), cache=None if cache is None else cache[i])
-            y = F.linear(self.norm(x, f"h.{i}.ln_2"), self.of(f"h.{i}.mlp.c_fc"))
-            x = x + F.linear(F.gelu(y), self.of(f"h.{i}.mlp.c_proj"))
-        return F.linear(self.norm(x, "ln_f"), self.of("wte"))
+            y = F.linear(self.norm(x, f"h.{i}.ln_2"), *self.of(f"h.{i}.mlp.c_fc"))
+            x = x + F.linear(F.gelu(y), *self.of(f"h.{i}.mlp.c_proj"))
+        return F.linear(self.norm(x, "ln_f"), words)
 
 
-GOLDEN = "landmark(block=4)+rope(style=interleaved)"
-
-
-def test_golden_softmax(golden):
-    tensors, _ = golden("landmark")
-    weights = grouped_softmax(tensors["in.softmax.scores"], tensors["in.attn.is_mem"].bool())
+def compare_softmax(tensors, metadata):
+    scores = tensors["in.softmax.scores"]
+    weights = grouped_softmax(scores, tensors["in.attn.is_mem"].bool())
     assert_close(weights, tensors["out.softmax.probs"], "weights")
-    part = build("landmark(block=4)").normalize
-    assert_close(part(tensors["in.softmax.scores"], None), tensors["out.softmax.probs"], "part")
+    part = build(f"landmark(block={metadata['config']['mem_freq']})").normalize
+    assert_close(part(scores, None), tensors["out.softmax.probs"], "part")
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_golden_attention(golden, route):
-    tensors, _ = golden("landmark")
-    attn = GoldenGPT(tensors, GOLDEN).attn[0]
+def compare_attention(tensors, metadata, route):
+    attn = GoldenGPT(tensors, metadata["config"]).attn[0]
     attn.route = route
-    x = tensors["in.attn.x"].requires_grad_()
+    x = tensors["in.attn.x"].clone().requires_grad_()
     y = attn(x)
     y.sum().backward()
     assert_close(y, tensors["out.attn.y"], "output")
@@ -117,25 +133,69 @@ def test_golden_attention(golden, route):
     assert_close(attn.project.qkv.weight.grad, expected, "q, k, v", gradient=True)
 
 
-def test_golden_language_model(golden):
-    tensors, config = golden("landmark")
-    tokens, marks = insert_landmarks(tensors["in.lm.tokens"], 4, config["config"]["landmark_id"])
+def compare_language_model(tensors, metadata):
+    config = metadata["config"]
+    block = config["mem_freq"]
+    tokens, marks = insert_landmarks(tensors["in.lm.tokens"], block, config["landmark_id"])
     assert torch.equal(tokens, tensors["in.lm.tokens_with_landmarks"])
-    assert torch.equal(marks.nonzero()[:, 0], torch.arange(4, 40, 5))
-    assert_close(GoldenGPT(tensors, GOLDEN)(tokens), tensors["out.lm.logits"], "logits")
+    places = torch.arange(block, tokens.shape[1], block + 1)
+    assert torch.equal(marks.nonzero()[:, 0], places)
+    assert_close(GoldenGPT(tensors, config)(tokens), tensors["out.lm.logits"], "logits")
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_golden_retrieval(golden, k):
-    """Chunks of 8 ordinary tokens; each comes with the landmarks of the two blocks it finishes."""
-    tensors, config = golden("landmark")
-    assert config["config"]["chunk"] == 8
-    model = GoldenGPT(tensors, GOLDEN.replace("4", f"4, retrieve={k}", 1)).eval()
+def retrieved(tensors, metadata):
+    """How many blocks the cached runs of a file retrieve."""
+    start = "out.cached_topk"
+    return sorted(int(name.split(".")[0]) for name in under(tensors, start))
+
+
+def compare_retrieval(tensors, metadata, k):
+    """Chunks of ordinary tokens; each comes with the landmarks of the blocks that it finishes."""
+    config = metadata["config"]
+    block, chunk = config["mem_cache_freq"], config["chunk"]
+    methods = {
+        "per_token_and_head": "token_head",
+        "max_over_heads": "max_heads",
+        "max_over_tokens": "max_tokens",
+    }
+    options = {"retrieve": k, "cache_blocks": config["mem_cache_size"]}
+    options["selection"] = methods[config["cache_selection_method"]]
+    model = GoldenGPT(tensors, config, **options).eval()
     stream, cache = tensors["in.lm.tokens_with_landmarks"], zoo.Cache()
+    starts = range(chunk, tensors["in.lm.tokens"].shape[1], chunk)
+    pieces = stream.tensor_split([n + n // block for n in starts], 1)
     with torch.no_grad():
-        logits = torch.cat([model(piece, cache) for piece in stream.split(10, 1)], 1)
-    ordinary = torch.arange(40) % 5 != 4
+        logits = torch.cat([model(piece, cache) for piece in pieces], 1)
+    ordinary = torch.arange(stream.shape[1]) % (block + 1) != block
     assert_close(logits[:, ordinary], tensors[f"out.cached_topk{k}.logits"], "logits")
+
+
+def test_golden_softmax(golden):
+    compare_softmax(*golden("landmark"))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_golden_attention(golden, route):
+    compare_attention(*golden("landmark"), route)
+
+
+def test_golden_language_model(golden):
+    compare_language_model(*golden("landmark"))
+
+
+@pytest.mark.parametrize("k", retrieved(*read("landmark")))
+def test_golden_retrieval(golden, k):
+    compare_retrieval(*golden("landmark"), k)
+
+
+def test_another_golden_file(other_golden):
+    file = other_golden("landmark")
+    compare_softmax(*file)
+    for route in ROUTES:
+        compare_attention(*file, route)
+    compare_language_model(*file)
+    for k in retrieved(*file):
+        compare_retrieval(*file, k)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 30])

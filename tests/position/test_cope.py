@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_files import read, under
 from torch._dynamo.exc import Unsupported
 
 import zoo
@@ -27,13 +28,6 @@ CONTRACT_OPTIONS = [
     {"npos": 3, "with_rel": True},
 ]
 ROUTES = ("auto", "engine", "dense", "reference")
-VARIANTS = {
-    "base": "cope(npos=4)",
-    "sepkey": "cope(npos=4, sep_key=True)",
-    "valgates": "cope(npos=4, val_gates=True)",
-    "nodiv": "cope(npos=4, nodiv=True)",
-    "cope_rel": "cope(npos=4, with_rel=True)",
-}
 
 
 @pytest.fixture
@@ -60,26 +54,38 @@ def nope(attn, **options):
     return plain
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_golden(golden, variant, route, many_strips):
-    tensors, _ = golden("cope")
-    attn = make(VARIANTS[variant], 2, dim=8, max_len=6, bias=True, route=route)
+def variants(tensors, metadata):
+    return list(metadata["config"]["variants"])
+
+
+def options_of(config, variant):
+    """Ours for those of the official code."""
+    wanted = config["variants"][variant]
+    if isinstance(wanted, str):
+        assert wanted == "cope defaults"
+        return {}
+    ours = {"cope_sep_key": "sep_key", "cope_val_gates": "val_gates", "cope_nodiv": "nodiv"}
+    options = {ours[name]: value for name, value in wanted.items() if name != "pos_emb"}
+    return options | ({"with_rel": True} if wanted.get("pos_emb") == "cope+rel" else {})
+
+
+def compare_variant(tensors, metadata, variant, route):
+    config = metadata["config"]
+    options = options_of(config, variant)
+    facts = {"dim": tensors["in.x"].shape[-1], "head_dim": config["head_dim"], "bias": True}
+    facts |= {"npos": config["npos"], "max_len": config["seq"], "route": route}
+    attn = make("cope", config["nheads"], **facts, **options)
 
     def mapped(prefix):
-        own = {
-            name.removeprefix(f"{prefix}."): value
-            for name, value in tensors.items()
-            if name.startswith(f"{prefix}.")
-        }
+        own = under(tensors, f"{prefix}.")
         found = {"position.embedding": own["attn.pos_emb"][0]}
         for kind in ("weight", "bias"):
             stacked = [own[f"proj_{name}.{kind}"] for name in ("query", "key", "val")]
             found[f"project.qkv.{kind}"] = torch.cat(stacked)
             found[f"combine.proj.{kind}"] = own[f"proj_out.{kind}"]
-            if variant == "sepkey":
+            if options.get("sep_key"):
                 found[f"position.gate_key.{kind}"] = own[f"proj_key_cope.{kind}"]
-        if variant == "cope_rel":  # there the last column is distance 0
+        if options.get("with_rel"):  # there the last column is distance 0
             found["position.relative"] = own["attn.rel_pos_emb.emb"][0].flip(1).t()
         return found
 
@@ -95,27 +101,50 @@ def test_golden(golden, variant, route, many_strips):
         assert_close(parameter.grad, expected[name], name, gradient=True)
 
 
-def test_golden_core(golden):
-    tensors, _ = golden("cope")
-    q, k, v = (tensors[f"in.core.{name}"].view(2, 2, 6, 4) for name in "qkv")
+def compare_core(tensors, metadata):
+    config = metadata["config"]
+    heads, length, width = (config[name] for name in ("nheads", "seq", "head_dim"))
+
+    def split(name):  # (B H, N, ..), samples first
+        return tensors[name].unflatten(0, (config["batch"], heads))
+
+    q, k, v = (split(f"in.core.{name}") for name in "qkv")
     embedding, causal = tensors["param.core.pos_emb"][0], tensors["in.mask"].bool()
-    expected = tensors["out.core.y"].view(2, 2, 6, 4)
+    expected = split("out.core.y")
     y = cope_attention_reference(q, k, v, embedding, mask=causal)
     assert_close(y, expected, "reference")
     assert_close(cope_attention(q, k, v, embedding), expected, "strips")
-    # With z_in = n the interpolated logit is the position itself.
-    gates = q @ k.transpose(-1, -2) / 2
-    count = torch.arange(8.0, dtype=torch.float64)[None]
+    # With z_in = n the interpolated logit is the position itself, of at most all tokens.
+    gates = q @ k.transpose(-1, -2) / math.sqrt(width)
+    count = torch.arange(length + 2, dtype=torch.float64)[None]
     places = position_logits(torch.ones_like(q[..., :1]), gates, count, causal)
-    assert_close(places, tensors["out.core.positions_unclamped"].view(2, 2, 6, 6), "positions")
+    assert_close(places, split("out.core.positions_unclamped"), "positions")
     padded = tensors["in.core.pad"].bool()
-    mask = causal & ~padded[:, None, None] | torch.eye(6, dtype=torch.bool)
+    mask = causal & ~padded[:, None, None] | torch.eye(length, dtype=torch.bool)
     y = cope_attention_reference(q, k, v, embedding, mask=mask)
-    expected = tensors["out.core.y_pad"].view(2, 2, 6, 4)
+    expected = split("out.core.y_pad")
     assert_close(y, expected, "reference, padded")
-    real = ~padded[:, None, :, None].expand(-1, 2, -1, 4)
+    real = ~padded[:, None, :, None].expand(-1, heads, -1, width)
     y = cope_attention(q, k, v, embedding, keys=~padded)
     assert_close(y[real], expected[real], "strips, padded")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("variant", variants(*read("cope")))
+def test_golden(golden, variant, route, many_strips):
+    compare_variant(*golden("cope"), variant, route)
+
+
+def test_golden_core(golden):
+    compare_core(*golden("cope"))
+
+
+def test_another_golden_file(other_golden, many_strips):
+    file = other_golden("cope")
+    for variant in variants(*file):
+        for route in ROUTES:
+            compare_variant(*file, variant, route)
+    compare_core(*file)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -163,7 +192,15 @@ def test_strips_equal_reference(
         assert_close(found[name], value, name, gradient=name != "y")
 
 
-SPECS = [*VARIANTS.values(), "cope(npos=3, nodiv=True, sep_key=True, with_rel=True)", "mqa+cope"]
+SPECS = [
+    "cope(npos=4)",
+    "cope(npos=4, sep_key=True)",
+    "cope(npos=4, val_gates=True)",
+    "cope(npos=4, nodiv=True)",
+    "cope(npos=4, with_rel=True)",
+    "cope(npos=3, nodiv=True, sep_key=True, with_rel=True)",
+    "mqa+cope",
+]
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from golden_files import read
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
@@ -36,14 +37,6 @@ CONTRACT_OPTIONS = [
     },
 ]
 ROUTES = ("dense", "engine", "sdpa_strips", "sdpa")
-VARIANTS = {
-    "default": {},
-    "noclamp": {"floor_ratio": 0, "ignore_zero": False},
-    "clamp_keepzero": {"ignore_zero": False},
-    "wide": {"fourier_dim": 32},
-    "eye": {"sigma": 0},
-    "rect": {"fourier_dim": 32, "base": 50},
-}
 WHOLE = {"floor_ratio": 0, "ignore_zero": False}
 
 
@@ -82,22 +75,52 @@ def backward(attn, x):
     return y
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_official(golden, variant):
-    tensors, metadata = golden("fope")
-    module = part(train_len=24, **VARIANTS[variant])
-    sizes = metadata["config"]["variants"][variant]
-    assert (module.inputs, module.pairs) == (sizes["input_dim"], sizes["output_dim"])
+def variants(tensors, metadata):
+    return list(metadata["config"]["variants"])
+
+
+def golden_part(config, **options):
+    """The part with what all variants of a file share."""
+    width, heads = config["head_dim"], config["n_heads"]
+    base, length = config["rope_theta"], config["max_sequence_length"]
+    return part(width, heads, train_len=length, **{"base": base, **options})
+
+
+def options_of(config, variant):
+    """Ours for those of the official code."""
+    given = dict(config["variants"][variant])
+    sizes = given.pop("input_dim"), given.pop("output_dim")
+    options = {"sigma": config["fourier_init_norm_gain"]}
+    if given.pop("fourier_init", "norm") == "eye":
+        options["sigma"] = 0
+    if not given.pop("rope_clamp_floor_freq", True):
+        options["floor_ratio"] = 0
+    ours = {
+        "fourier_dim": "fourier_dim",
+        "fourier_ignore_zero": "ignore_zero",
+        "rope_theta": "base",
+    }
+    return options | {ours[name]: value for name, value in given.items()}, sizes
+
+
+def compare_variant(tensors, metadata, variant):
+    config = metadata["config"]
+    options, sizes = options_of(config, variant)
+    module = golden_part(config, **options)
+    assert (module.inputs, module.pairs) == sizes
     assert_close(module.frequencies(), tensors[f"param.{variant}.inv_freq"][0])
     coef = torch.stack([tensors[f"param.{variant}.{basis}_coef"] for basis in ("sin", "cos")])
-    if variant == "eye":
+    if options["sigma"] == 0:
         assert torch.equal(module.coef, coef)
     module.coef.copy_(coef)
     x, far = (tensors[f"in.{variant}.{name}"] for name in ("q", "q_far"))
-    steps, last = torch.arange(6), torch.arange(27, 30)  # three behind a pass of 24 + 6
+    few = tensors[f"out.{variant}.q_rot_last2"].shape[2]
+    # The far rows are the last ones of a pass that is longer than training by the usual length.
+    steps = torch.arange(config["seq"])
+    last = torch.arange(config["seq"] + config["max_sequence_length"])[-far.shape[2] :]
     cases = (
         ("q_rot", x, steps),
-        ("q_rot_last2", x[:, :, 4:], steps[4:]),
+        ("q_rot_last2", x[:, :, -few:], steps[-few:]),
         ("q_rot_far", far, last),
     )
     for name, q, positions in cases:
@@ -107,15 +130,32 @@ def test_equals_official(golden, variant):
         assert_close(expected(module, q, positions), out, f"reference {name}")
 
 
-def test_identity_and_all_frequencies_are_rope(golden):
-    tensors, _ = golden("fope")
-    module = part(train_len=24, sigma=0, **WHOLE)
-    x, steps = tensors["in.default.q"], torch.arange(6)
+def compare_rope(tensors, metadata):
+    config = metadata["config"]
+    heads, width, base = config["n_heads"], config["head_dim"], config["rope_theta"]
+    module = golden_part(config, sigma=0, **WHOLE)
+    x, steps = tensors["in.default.q"], torch.arange(config["seq"])
     assert_close(turn(module, x, steps), tensors["out.rope.q_rot"])
-    rope = RoPE(Layout(2, 2, 2, 2, 16, 16))
+    rope = RoPE(Layout(heads, heads, heads, heads, width, width), base=base)
     assert_close(turn(module, x, steps * 7), turn(rope, x, steps * 7))
-    apart = part(train_len=24, sigma=0, floor_ratio=0, out_pairs=8)
+    apart = golden_part(config, sigma=0, floor_ratio=0, out_pairs=width // 2)
     assert_close(turn(apart, x, steps), tensors["out.rope.q_rot"])
+
+
+@pytest.mark.parametrize("variant", variants(*read("fope")))
+def test_equals_official(golden, variant):
+    compare_variant(*golden("fope"), variant)
+
+
+def test_identity_and_all_frequencies_are_rope(golden):
+    compare_rope(*golden("fope"))
+
+
+def test_another_golden_file(other_golden):
+    file = other_golden("fope")
+    for variant in variants(*file):
+        compare_variant(*file, variant)
+    compare_rope(*file)
 
 
 def test_by_hand():

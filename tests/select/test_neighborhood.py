@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_files import read
+from golden_forms.neighborhood import per_query
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,30 +33,6 @@ CASES = [
     ((3, 5, 4), (2, 3, 3), 1, 1, (True, False, False)),
     ((4, 5, 6), 2, (2, 1, 3), 1, False),
 ]
-
-
-def per_query(shape, kernel, dilation, stride, causal):
-    """Rows of the mask in words of the paper: a loop over queries, an axis at a time."""
-    axes = []
-    for n, w, d, s, c in zip(shape, kernel, dilation, stride, causal, strict=True):
-        rows = []
-        for i in range(n):
-            own = [j for j in range(n) if j % d == i % d]  # the residue class
-            at = own.index(i)
-            if c:
-                lead = min(at // s * s + s - 1, len(own) - 1)
-                seen = [j for m, j in enumerate(own) if m <= at and lead - m < w]
-            else:
-                lead = min(at // s * s + s // 2, len(own) - 1)
-                first = min(max(lead - w // 2, 0), len(own) - w)
-                seen = own[first : first + w]
-            rows.append(set(seen))
-        axes.append(rows)
-    places = list(itertools.product(*map(range, shape)))
-    return [
-        [all(b in axes[x][a] for x, (a, b) in enumerate(zip(i, j, strict=True))) for j in places]
-        for i in places
-    ]
 
 
 @st.composite
@@ -88,8 +66,11 @@ def test_windows_by_hand():
     assert seen(5, 3, 1, 1, True) == [(0, 0), (0, 1), (0, 2), (1, 3), (2, 4)]
 
 
-def golden_case(golden, number):
-    tensors, metadata = golden("neighborhood")
+def golden_numbers(tensors, metadata):
+    return range(len(metadata["config"]["cases"]))
+
+
+def golden_case(tensors, metadata, number):
     config = metadata["config"]["cases"][number]
     keys = ("shape", "kernel_size", "dilation", "stride", "is_causal")
     args = tuple(tuple(config[key]) for key in keys)
@@ -100,9 +81,8 @@ def golden_case(golden, number):
     return args, flat, tensors[f"out.c{number}.mask"]
 
 
-@pytest.mark.parametrize("number", range(8))
-def test_golden(golden, number):
-    args, flat, mask = golden_case(golden, number)
+def compare_forms(tensors, metadata, number):
+    args, flat, mask = golden_case(tensors, metadata, number)
     assert torch.equal(na_mask(*args), mask.bool())
     for form in FORMS:
         inputs = [flat(f"in.c{number}.{x}").clone().requires_grad_() for x in "qkv"]
@@ -114,10 +94,9 @@ def test_golden(golden, number):
             assert_close(x, due, f"{form} gradient of {name}", gradient=True)
 
 
-@pytest.mark.parametrize("number", range(8))
-def test_golden_in_a_host(golden, number):
+def compare_host(tensors, metadata, number):
     """The heads of the host, whose projections are bypassed, on every route that takes them."""
-    args, flat, _ = golden_case(golden, number)
+    args, flat, _ = golden_case(tensors, metadata, number)
     shape, kernel, dilation, stride, causal = args
     q, k, v = (flat(f"in.c{number}.{x}") for x in "qkv")
     heads, width = q.shape[1], q.shape[3]
@@ -132,6 +111,23 @@ def test_golden_in_a_host(golden, number):
     for route in ("engine", "sdpa_strips", "neighborhood_tiles", "gather", "reference", "dense"):
         attn.route = route
         assert_close(attn.mix(call), flat(f"out.c{number}.o"), route)
+
+
+@pytest.mark.parametrize("number", golden_numbers(*read("neighborhood")))
+def test_golden(golden, number):
+    compare_forms(*golden("neighborhood"), number)
+
+
+@pytest.mark.parametrize("number", golden_numbers(*read("neighborhood")))
+def test_golden_in_a_host(golden, number):
+    compare_host(*golden("neighborhood"), number)
+
+
+def test_another_golden_file(other_golden):
+    file = other_golden("neighborhood")
+    for number in golden_numbers(*file):
+        compare_forms(*file, number)
+        compare_host(*file, number)
 
 
 def inputs_of(shape, heads=4, groups=2, dtype=torch.float64):

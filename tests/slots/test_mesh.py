@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from ast import literal_eval
+
 import pytest
 import torch
+from golden_files import read, under
+from slot_numbers import DISTANCES, run, sizes, slot_cases, state
 
 from zoo.errors import ZooError
 from zoo.slots._sinkhorn import log_marginal, mesh, mesh_reference, sinkhorn, sinkhorn_reference
@@ -28,12 +33,8 @@ CONTRACT_OPTIONS = [
     },
 ]
 SMALL = {"dim_in": 6, "dim": 8, "slots": 4, "hidden": 10, "dtype": torch.float64}
-CASES = {
-    "image": {},
-    "video": {"distance": "cosine", "scale_cost": 6, "scale_marginals": 18},
-    "learnlr": {"learn_mesh_lr": True},
-    "detach": {"detach_slots": True},
-}
+BACKENDS = ("torch", "reference")
+FORMS = [(mesh_reference, sinkhorn_reference), (mesh, sinkhorn)]
 
 
 def build(seed=0, **options):
@@ -41,51 +42,106 @@ def build(seed=0, **options):
     return MESH(**{**SMALL, **options})
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("case", CASES)
-def test_official_numbers_of_the_module(golden, case, backend):
-    numbers = golden("mesh")
-    module = build(**CASES[case], backend=backend)
-    module.load_state_dict(numbers.state(case))
-    noise = numbers["in.noise"]
-    if case == "detach":
-        x = numbers["in.x"].requires_grad_()
-        y = module(x, numbers["in.slots"], noise=noise)
-        (y * numbers["in.w"]).sum().backward()
-        found = {"out": y, "x": x.grad}
-    else:
-        found = numbers.run(module, noise=noise)
-    assert_close(found["out"], numbers[f"out.{case}.slots"], "slots")
-    for name, value in numbers.state(case, "grad").items():
+def options_of(config, case):
+    """Ours for those of the official code."""
+    given = dict(config[case])
+    words = given.pop("as_", None)
+    if words is not None:  # as another case, but for one switch
+        other, _, change = words.partition(" but ")
+        name, _, value = change.partition("=")
+        return {**options_of(config, other), name: literal_eval(value)}
+    options = {"distance": DISTANCES[given.pop("pairwise_distance")]}
+    # Of a length that is learned the file has the value, among the parameters.
+    options["learn_mesh_lr"] = given.pop("lr", None) is not None
+    return {**options, **given}
+
+
+def golden_module(tensors, config, case, backend):
+    options = options_of(config, case)
+    options |= {"sinkhorn_iterations": config["n_sh_iters"], "mesh_steps": config["n_mesh_iters"]}
+    options |= {"temperature": config["temperature"], "noise_scale": config["noise_scale"]}
+    options["reuse_uv"] = config["reuse_u_v"]
+    module = MESH(**sizes(tensors, config), **options, backend=backend)
+    module.load_state_dict(state(tensors, case))
+    return module
+
+
+def compare_module(tensors, metadata, case, backend):
+    module = golden_module(tensors, metadata["config"], case, backend)
+    found = run((tensors, metadata), module, noise=tensors["in.noise"])
+    assert_close(found["out"], tensors[f"out.{case}.slots"], "slots")
+    for name, value in state(tensors, case, "grad").items():
         assert_close(found[name], value, f"gradient of {name}", gradient=True)
 
 
-@pytest.mark.parametrize(
-    ("descend", "plan_of"), [(mesh_reference, sinkhorn_reference), (mesh, sinkhorn)]
-)
-def test_official_numbers_of_the_functions(golden, descend, plan_of):
-    numbers = golden("mesh")
-    cost, a, b = (numbers[f"in.fn.{name}"].requires_grad_() for name in ("C", "a", "b"))
-    weight = numbers["in.fn.w"]
-    plan, u, v = plan_of(cost, log_marginal(a), log_marginal(b))
+def functional_input(tensors, config):
+    """Cost, marginals, the noisy cost and the length of a step that the functions were given."""
+    cost, a, b = (tensors[f"in.fn.{name}"].clone().requires_grad_() for name in ("C", "a", "b"))
+    cases = [case for case in config.values() if isinstance(case, dict)]
+    lr = next(case["mesh_lr"] for case in cases if "mesh_lr" in case)
+    return cost, a, b, cost + config["noise_scale"] * tensors["in.fn.noise"], lr
+
+
+def number(digits):
+    """05 in a name is 0.5, 1 is 1."""
+    return float(f"0.{digits[1:]}" if digits.startswith("0") else digits)
+
+
+def compare_functions(tensors, metadata, descend, plan_of):
+    config, wanted = metadata["config"], under(tensors, "out.fn.")
+    rounds, weight = {"iterations": config["n_sh_iters"]}, tensors["in.fn.w"]
+    cost, a, b, noisy, lr = functional_input(tensors, config)
+    log_a, log_b = log_marginal(a), log_marginal(b)
+    plan, u, v = plan_of(cost, log_a, log_b, **rounds)
     for name, value in {"T": plan, "u": u, "v": v}.items():
-        assert_close(value, numbers[f"out.fn.sinkhorn.{name}"], f"sinkhorn {name}")
+        assert_close(value, wanted[f"sinkhorn.{name}"], f"sinkhorn {name}")
     gradients = torch.autograd.grad((plan * weight).sum(), (cost, a, b))
     for name, value in zip(("C", "a", "b"), gradients, strict=True):
-        assert_close(value, numbers[f"grad.fn.sinkhorn.{name}"], f"d{name}", gradient=True)
-    half, *_ = plan_of(cost, log_marginal(a), log_marginal(b), iterations=3, temperature=0.5)
-    assert_close(half, numbers["out.fn.sinkhorn_t05_i3.T"], "plan at temperature 0.5")
-    noisy = cost + 1e-3 * numbers["in.fn.noise"]
-    sharp, v = descend(noisy, log_marginal(a), log_marginal(b))
-    plan, *_ = plan_of(sharp, log_marginal(a), log_marginal(b), v=v)
-    assert_close(sharp, numbers["out.fn.mesh.C"], "cost")
-    assert_close(v, numbers["out.fn.mesh.v"], "v")
-    assert_close(plan, numbers["out.fn.mesh.T"], "plan")
-    (gradient,) = torch.autograd.grad((plan * weight).sum(), cost)
-    assert_close(gradient, numbers["grad.fn.mesh.C"], "dC", gradient=True)
-    fresh, none = descend(noisy, log_marginal(a), log_marginal(b), lr=1.0, steps=2, reuse=False)
-    assert none is None
-    assert_close(fresh, numbers["out.fn.mesh_noreuse_lr1_it2.C"], "cost of fresh starts")
+        assert_close(value, tensors[f"grad.fn.sinkhorn.{name}"], f"d{name}", gradient=True)
+    log_a, log_b = log_marginal(a), log_marginal(b)
+    steps = {"steps": config["n_mesh_iters"], **rounds}
+    sharp, v = descend(noisy, log_a, log_b, lr=lr, **steps)
+    plan, *_ = plan_of(sharp, log_a, log_b, v=v, **rounds)
+    assert_close(sharp, wanted["mesh.C"], "cost")
+    assert_close(v, wanted["mesh.v"], "v")
+    assert_close(plan, wanted["mesh.T"], "plan")
+    (gradient,) = torch.autograd.grad((plan * weight).sum(), cost, retain_graph=True)
+    assert_close(gradient, tensors["grad.fn.mesh.C"], "dC", gradient=True)
+    # Other options stand in the names: sinkhorn_t05_i3, mesh_noreuse_lr1_it2.
+    met = []
+    for name, value in wanted.items():
+        if found := re.fullmatch(r"sinkhorn_t(\d+)_i(\d+)\.T", name):
+            options = {"temperature": number(found[1]), "iterations": int(found[2])}
+            assert_close(plan_of(cost, log_a, log_b, **options)[0], value, name)
+            met.append("plan")
+        elif found := re.fullmatch(r"mesh_noreuse_lr(\d+)_it(\d+)\.C", name):
+            options = {"lr": number(found[1]), "steps": int(found[2]), "reuse": False, **rounds}
+            fresh, none = descend(noisy, log_a, log_b, **options)
+            assert none is None
+            assert_close(fresh, value, name)
+            met.append("cost of fresh starts")
+    assert sorted(set(met)) == ["cost of fresh starts", "plan"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", slot_cases(*read("mesh")))
+def test_official_numbers_of_the_module(golden, case, backend):
+    compare_module(*golden("mesh"), case, backend)
+
+
+@pytest.mark.parametrize(("descend", "plan_of"), FORMS)
+def test_official_numbers_of_the_functions(golden, descend, plan_of):
+    compare_functions(*golden("mesh"), descend, plan_of)
+
+
+def test_another_golden_file(other_golden):
+    file = other_golden("mesh")
+    for backend in BACKENDS:
+        for case in slot_cases(*file):
+            compare_module(*file, case, backend)
+    for forms in FORMS:
+        compare_functions(*file, *forms)
+    compare_entropy(*file)
 
 
 @pytest.mark.parametrize("n", [3, 6, 11])  # one input leaves no plan to choose, nor a gradient
@@ -133,13 +189,21 @@ def entropy(plan):
     return float(torch.special.entr(plan.clamp(1e-20, 1)).mean((1, 2)).sum())
 
 
+def compare_entropy(tensors, metadata):
+    config = metadata["config"]
+    cost, a, b, noisy, lr = functional_input(tensors, config)
+    rounds = {"iterations": config["n_sh_iters"]}
+    plain, *_ = sinkhorn(cost, a.log(), b.log(), **rounds)
+    sharp, v = mesh(noisy, a.log(), b.log(), lr=lr, steps=config["n_mesh_iters"], **rounds)
+    low, *_ = sinkhorn(sharp, a.log(), b.log(), v=v, **rounds)
+    found = [entropy(plan.detach()) for plan in (plain, low)]
+    theirs = [entropy(tensors[f"out.fn.{name}.T"]) for name in ("sinkhorn", "mesh")]
+    assert found == pytest.approx(theirs)
+    assert found[0] > found[1]
+
+
 def test_entropy_falls(golden):
-    numbers = golden("mesh")
-    cost, a, b = numbers["in.fn.C"], numbers["in.fn.a"].log(), numbers["in.fn.b"].log()
-    plain = entropy(sinkhorn(cost, a, b)[0])
-    sharp, v = mesh(cost + 1e-3 * numbers["in.fn.noise"], a, b)
-    low = entropy(sinkhorn(sharp, a, b, v=v)[0])
-    assert (plain, low) == (pytest.approx(0.288, abs=1e-3), pytest.approx(0.148, abs=1e-3))
+    compare_entropy(*golden("mesh"))
 
 
 def test_ties_break_by_noise_alone():

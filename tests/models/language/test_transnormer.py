@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from golden_files import under
 
 import zoo
 from zoo import models
@@ -20,11 +21,11 @@ def small(**options):
     return TransNormer(11, **{"dim": 16, "depth": 2, "heads": 2, **options})
 
 
-def official(tensors):
+def official(tensors, depth):
     """Our parameters by name from those of the author's small model."""
     found = {"embedding.weight": tensors["transnormer.wte.weight"]}
     found["head.weight"] = found["embedding.weight"]
-    for i in range(2):
+    for i in range(depth):
         theirs, ours = f"transnormer.h.{i}", f"blocks.{i}"
         qkvu = tensors[f"{theirs}.token_mixer.qkvu_proj.weight"]
         width = qkvu.shape[1]
@@ -34,39 +35,66 @@ def official(tensors):
         mlp = [tensors[f"{theirs}.channel_mixer.l{n}.weight"] for n in (1, 2, 3)]
         found[f"{ours}.mlp.up.weight"] = torch.cat(mlp[:2])
         found[f"{ours}.mlp.down.weight"] = mlp[2]
-    found["blocks.1.attn.attend.theta"] = tensors["transnormer.h.1.token_mixer.lrpe.theta"].squeeze(
-        1
-    )
+        theta = tensors.get(f"{theirs}.token_mixer.lrpe.theta")
+        if theta is not None:
+            found[f"{ours}.attn.attend.theta"] = theta.squeeze(1)
     return found
 
 
-def golden_model(golden):
-    tensors, _ = golden("lightning_attention")
-    start = "param.tnl1."
-    theirs = {k.removeprefix(start): x for k, x in tensors.items() if k.startswith(start)}
-    module = TransNormer(20, dim=16, depth=2, heads=2, **AUTHOR)
-    module.load_state_dict(official(theirs))
-    return module, tensors
+def golden_model(tensors, metadata):
+    config, theirs = metadata["config"]["tnl1"], under(tensors, "param.tnl1.")
+    dim, depth = config["n_embd"], config["n_layer"]
+    # The author's code can do no other than these two.
+    assert config["lrpe_layers"] == list(range(1, depth))
+    assert not config["bias"]
+    facts = {"dim": dim, "depth": depth, "heads": config["n_head"]}
+    facts["mlp"] = len(theirs["transnormer.h.0.channel_mixer.l1.weight"]) / dim
+    module = TransNormer(config["vocab_size"], **facts, **AUTHOR)
+    module.load_state_dict(official(theirs, depth))
+    return module
 
 
-def test_equals_the_authors_small_model(golden):
-    module, tensors = golden_model(golden)
+def compare_model(tensors, metadata):
+    module = golden_model(tensors, metadata)
     logits = module(tensors["in.tnl1.tokens"])
     assert_close(logits, tensors["out.tnl1.logits"], "logits")
     logits.square().mean().backward()
-    block = module.blocks[0].attn
-    found = torch.cat([block.project.qkv.weight.grad, block.attend.gate.weight.grad])
-    wanted = tensors["grad.tnl1.transnormer.h.0.token_mixer.qkvu_proj.weight"]
-    assert_close(found, wanted, "gradient of q, k, v and u", gradient=True)
-    wanted = tensors["grad.tnl1.transnormer.h.1.token_mixer.lrpe.theta"].squeeze(1)
-    found = module.blocks[1].attn.attend.theta.grad
-    assert_close(found, wanted, "gradient of theta", gradient=True)
+    gradients = under(tensors, "grad.tnl1.transnormer.h.")
+    assert gradients
+    for name, wanted in gradients.items():
+        layer, _, place = name.partition(".token_mixer.")
+        part = module.blocks[int(layer)].attn
+        if place == "lrpe.theta":
+            what, wanted, found = "theta", wanted.squeeze(1), part.attend.theta.grad
+        else:
+            assert place == "qkvu_proj.weight"
+            what = "q, k, v and u"
+            found = torch.cat([part.project.qkv.weight.grad, part.attend.gate.weight.grad])
+        assert_close(found, wanted, f"gradient of {what}, layer {layer}", gradient=True)
+
+
+def compare_sglu(tensors, metadata):
+    y = golden_model(tensors, metadata).blocks[0].mlp(tensors["in.tnl1.sglu_x"])
+    assert_close(y, tensors["out.tnl1.sglu_y"], "sglu")
+
+
+def compare_srms_norm(tensors, metadata):
+    y = SRMSNorm(metadata["config"]["srms_eps"])(tensors["in.srms.x"])
+    assert_close(y, tensors["out.srms.y"], "srms")
+
+
+def test_equals_the_authors_small_model(golden):
+    compare_model(*golden("lightning_attention"))
 
 
 def test_sglu_equals_the_authors(golden):
-    module, tensors = golden_model(golden)
-    y = module.blocks[0].mlp(tensors["in.tnl1.sglu_x"])
-    assert_close(y, tensors["out.tnl1.sglu_y"], "sglu")
+    compare_sglu(*golden("lightning_attention"))
+
+
+def test_another_golden_file(other_golden):
+    file = other_golden("lightning_attention")
+    for compare in (compare_model, compare_sglu, compare_srms_norm):
+        compare(*file)
 
 
 def test_sglu_by_hand():
@@ -79,9 +107,7 @@ def test_sglu_by_hand():
 
 
 def test_srms_norm_equals_the_official_one(golden):
-    tensors, meta = golden("lightning_attention")
-    y = SRMSNorm(meta["config"]["srms_eps"])(tensors["in.srms.x"])
-    assert_close(y, tensors["out.srms.y"], "srms")
+    compare_srms_norm(*golden("lightning_attention"))
 
 
 def test_srms_norm_has_no_weight_and_is_computed_in_float32():

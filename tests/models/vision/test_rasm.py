@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_files import read, under
 from torch import Tensor, nn
 
 import zoo
@@ -35,16 +36,19 @@ def pair(height: int = 16, width: int = 24, samples: int = 1) -> tuple[Tensor, T
 
 
 def state_of(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
-    found = {n.removeprefix(start): x.float() for n, x in tensors.items() if n.startswith(start)}
-    return from_official(found)
+    return from_official({name: x.float() for name, x in under(tensors, start).items()})
 
 
-@pytest.mark.parametrize("tag", ["ral", "cab"])
-def test_golden_layers(golden, tag):
-    tensors, metadata = golden("regional")
+def golden_layers(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> list[str]:
+    """Layers of a file; its other cases are attention alone."""
+    return [tag for tag, case in metadata["config"].items() if isinstance(case, dict)]
+
+
+def compare_layer(tensors: dict[str, Tensor], metadata: dict[str, Any], tag: str) -> None:
     case = metadata["config"][tag]
+    assert case["mlp"] == "leff"
     attn = None
-    if tag == "ral":
+    if "kernel_size" in case:
         attn = RegionalAttention(case["dim"], case["heads"], case["kernel_size"], case["dilation"])
     block = RASMBlock(case["dim"], attn, case["mlp_ratio"])
     state = state_of(tensors, f"param.{tag}")
@@ -54,14 +58,37 @@ def test_golden_layers(golden, tag):
     assert_close(y, tensors[f"out.{tag}.y"], "output")
 
 
-def test_golden_network(golden):
-    tensors, metadata = golden("regional_rasm")
-    config = metadata["config"]
-    net = rasm(width=config["embed_dim"], depths=1).eval()
-    net.load_state_dict(state_of(tensors, "param."))
+def compare_network(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Layers of a level and their heads are seen from the parameters: nine entries to seven."""
+    config, state = metadata["config"], state_of(tensors, "param.")
+    assert config["token_mlp"] == "leff"
+    layers = {tuple(name.split(".")[1:3]) for name in state if name.startswith("levels.")}
+    levels = [level for level, _ in layers]
+    options: dict[str, Any] = {"depths": [levels.count(str(n)) for n in range(7)]}
+    options["heads"] = [len(state[f"levels.{n}.0.attn.rpb"]) for n in (2, 3, 4)]
+    options["mlp_ratio"] = config["mlp_ratio"]
+    attention = f"regional(kernel={config['kernel_size']}, dilation={config['dilation']})"
+    net = rasm(attention, width=config["embed_dim"], **options).eval()
+    net.load_state_dict(state)
     y = net(tensors["in.x"], tensors["in.mask"])
     assert_close(y, tensors["out.y"], "output")
     assert_close(y - tensors["in.x"], tensors["out.y"] - tensors["in.x"], "what is added")
+
+
+@pytest.mark.parametrize("tag", golden_layers(*read("regional")))
+def test_golden_layers(golden, tag):
+    compare_layer(*golden("regional"), tag)
+
+
+def test_golden_network(golden):
+    compare_network(*golden("regional_rasm"))
+
+
+def test_another_golden_file(other_golden):
+    file = other_golden("regional")
+    for tag in golden_layers(*file):
+        compare_layer(*file, tag)
+    compare_network(*other_golden("regional_rasm"))
 
 
 def test_official_names_are_all_ours_and_come_once():

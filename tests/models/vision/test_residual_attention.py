@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from golden_files import under
+from residual_names import names_of_net, set_norms, widths_of_net
 from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
@@ -32,55 +34,13 @@ TINY: dict[str, Any] = {"widths": (16, 16, 16, 24), "stem": "cifar", "num_classe
 SMALL: dict[str, Any] = {"image_shape": (1, 8, 8), "num_classes": 10, "width": 8}
 
 
-def golden_names() -> dict[str, str]:
-    """Layers of the net, by name, and what the golden file calls them."""
-    found = {
-        "conv1": "conv1",
-        "bn1": "conv1/bn",
-        "norm": "post_res_4_3/bn",
-        "fc": "classifier",
-    }
-
-    def unit(ours: str, theirs: str, source: str) -> None:
-        found[f"{ours}.bn1"] = f"{source}/bn"
-        for i, conv in enumerate(("conv1_1x1", "conv2_3x3", "conv3_1x1"), 1):
-            found[f"{ours}.conv{i}"] = f"{theirs}/branch1/{conv}"
-            if i < 3:
-                found[f"{ours}.bn{i + 1}"] = f"{theirs}/branch1/{conv}/bn"
-        found[f"{ours}.shortcut"] = f"{theirs}/branch2/conv1_1x1"
-
-    source = "pool1_3x3_s2"
-    for i, (letter, depth) in enumerate((("A", 3), ("B", 2), ("C", 1))):
-        ours, theirs = f"stages.{i}.1", f"Attention{letter}_1"
-        mask, branch = f"{theirs}/mask", f"{ours}.mask_branch"
-        unit(f"stages.{i}.0", f"pre_res_{i + 1}", source)
-        unit(f"{ours}.pre.0", f"{theirs}/trunk/res1", f"pre_res_{i + 1}")
-        unit(f"{ours}.trunk.0", f"{theirs}/trunk/res2", f"{theirs}/trunk/res1")
-        unit(f"{ours}.trunk.1", f"{theirs}/trunk/res3", f"{theirs}/trunk/res2")
-        unit(f"{ours}.post.0", theirs, f"{theirs}/fusion")
-        down, up = f"{mask}/down_sample", f"{mask}/up_sample"
-        for level in range(1, depth):
-            k = level - 1
-            unit(f"{branch}.down.{k}.0", f"{down}/res{level}_1", f"{down}/pool{level}_3x3_s2")
-            unit(f"{branch}.skip.{k}.0", f"{mask}/skip/res{level}", f"{down}/res{level}_1")
-            unit(f"{branch}.up.{depth - 1 - level}.0", f"{up}/res{level}_1", f"{up}{level}")
-        unit(f"{branch}.bottom.0", f"{down}/res{depth}_1", f"{down}/pool{depth}_3x3_s2")
-        unit(f"{branch}.bottom.1", f"{down}/res{depth}_2", f"{down}/res{depth}_1")
-        found[f"{branch}.head.bn1"] = f"{up}/interp_1/bn"
-        found[f"{branch}.head.conv1"] = f"{mask}/linear_1"
-        found[f"{branch}.head.bn2"] = f"{mask}/linear_1/bn"
-        found[f"{branch}.head.conv2"] = f"{mask}/linear_2"
-        source = theirs
-    for i in range(3):
-        unit(f"stages.3.{i}", f"post_res_4_{i + 1}", source)
-        source = f"post_res_4_{i + 1}"
-    return found
-
-
-def golden_net(tensors: dict[str, Tensor]) -> ResidualAttentionNet:
-    """Attention-56 with all channels divided by 64."""
-    net = ResidualAttentionNet((1, 1, 1), (4, 8, 16, 32), num_classes=5).eval()
-    names, state, used = golden_names(), {}, set()
+def golden_net(tensors: dict[str, Tensor], config: dict[str, Any]) -> ResidualAttentionNet:
+    """Attention-56, whose graph the names say, with the channels of the file."""
+    options: dict[str, Any] = {"pool": "ceil" if "ceil" in config["max_pool"] else "pad"}
+    options["in_chans"] = tensors["param.conv1.weight"].shape[1]
+    options["num_classes"] = len(tensors["param.classifier.weight"])
+    net = ResidualAttentionNet((1, 1, 1), widths_of_net(tensors), **options).eval()
+    names, state, used = names_of_net(), {}, set()
     for key, value in net.state_dict().items():
         layer, _, kind = key.rpartition(".")
         if kind == "num_batches_tracked":
@@ -91,13 +51,12 @@ def golden_net(tensors: dict[str, Tensor]) -> ResidualAttentionNet:
         state[key] = tensors[theirs]
     assert used == {key for key in tensors if key.startswith("param.")}
     net.load_state_dict(state)
+    set_norms(net, config)
     return net
 
 
-@pytest.mark.parametrize("route", [None, "reference"])
-def test_golden_graph(golden, route):
-    tensors, _ = golden("residual_attention_net")
-    net = golden_net(tensors).double()  # as the golden values were computed
+def compare_graph(tensors: dict[str, Tensor], metadata: dict[str, Any], route: str | None) -> None:
+    net = golden_net(tensors, metadata["config"]).double()  # as the golden values were computed
     seen: dict[str, Tensor] = {}
     for i, letter in enumerate("ABC"):
         module = net.stages[i][1]
@@ -113,10 +72,21 @@ def test_golden_graph(golden, route):
     net.stages[3].register_forward_hook(lambda *a: seen.update({"post_res_4_3": a[2]}))
     with torch.no_grad():
         seen["classifier"] = net(tensors["in.x"].double())
-    expected = {key[4:]: value for key, value in tensors.items() if key.startswith("out.")}
+    expected = under(tensors, "out.")
     assert set(seen) == set(expected)
     for name, value in expected.items():
         assert_close(seen[name], value, name, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("route", [None, "reference"])
+def test_golden_graph(golden, route):
+    compare_graph(*golden("residual_attention_net"), route)
+
+
+def test_another_golden_file(other_golden):
+    file = other_golden("residual_attention_net")
+    for route in (None, "reference"):
+        compare_graph(*file, route)
 
 
 def test_counts_of_the_published_networks():
