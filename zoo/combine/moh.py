@@ -60,7 +60,7 @@ from zoo.combine._moh_router import query_norm_gates_reference as query_norm_gat
 from zoo.combine._selected_rows import SelectedRows
 from zoo.combine.concat import Concat
 from zoo.errors import ZooError, unknown
-from zoo.host.routes import refuse_masks
+from zoo.host.refusals import refuse_masks, refuse_parts, refuse_position
 from zoo.parts import Call, Host, Layout, Project, Route, full_precision, repeat_heads
 from zoo.registry import Paper, Taxonomy, register
 
@@ -89,11 +89,10 @@ def _refuse(host: Host, call: Call) -> str | None:
     assert isinstance(part, MoH)
     if torch.compiler.is_compiling():
         return "how many rows a head computes depends on the data, which no graph can hold"
-    for kind, name in (("score", "dot"), ("select", "all"), ("normalize", "softmax")):
-        if host.part_names[kind] != name:
-            return f"{kind} is {host.part_names[kind]!r}, not {name!r}"
-    if host.position.biases:
-        return f"position {host.part_names['position']!r} biases the scores"
+    bare = {"score": "dot", "select": "all", "normalize": "softmax"}
+    reason = refuse_parts(host, bare) or refuse_position(host)
+    if reason:
+        return reason
     if type(host.project).finish is not Project.finish:
         return f"project {host.part_names['project']!r} reads the outputs of all heads"
     if host.recording:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.host.refusals import refuse_extras, refuse_parts, refuse_position, refuse_tracing
 from zoo.normalize import _cog_strips as strips
 from zoo.parts import Call, Host, Normalize, Route, full_precision, mask_scores, repeat_heads
 from zoo.registry import Paper, Taxonomy, register
@@ -168,25 +169,14 @@ def cog_attention(
 
 
 def _refuse_parts(host: Host, call: Call) -> str | None:
-    for kind, wanted in (("score", "dot"), ("select", "all")):
-        found = host.part_names[kind]
-        if found != wanted:
-            return f"{kind} is {found!r}, not {wanted!r}"
-    if host.position.biases:
-        return f"position {host.part_names['position']!r} biases the scores"
-    if call.bias is not None:
-        return "it takes no bias on the scores"
-    if call.dropout:
-        return "it has no dropout on the weights"
-    return None
+    dense = {"score": "dot", "select": "all"}
+    return refuse_parts(host, dense) or refuse_position(host) or refuse_extras(call, mask=True)
 
 
 def _refuse_strips(host: Host, call: Call) -> str | None:
-    reason = _refuse_parts(host, call)
-    if reason is None and torch.compiler.is_compiling():
-        return "its own backward is not for compilers, which take the engine whole"
-    if reason is None and torch._C._are_functorch_transforms_active():
-        return "torch.func cannot look into its own backward"
+    reason = _refuse_parts(host, call) or refuse_tracing(
+        "its own backward is not for compilers, which take the engine whole"
+    )
     if reason is None and call.q.device.type != "cpu":
         return "its tiles are sized for the cache of a CPU"
     if reason is None and not call.k.shape[2]:
