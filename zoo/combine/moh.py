@@ -46,78 +46,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.combine._moh_router import (
+    ROUTERS,
+    balance_loss,
+    linear_gates,
+    query_norm_gates,
+    query_scores,
+    real_tokens,
+    token_scores,
+)
+from zoo.combine._moh_router import moh_gates_reference as moh_gates_reference
+from zoo.combine._moh_router import query_norm_gates_reference as query_norm_gates_reference
 from zoo.combine._selected_rows import SelectedRows
 from zoo.combine.concat import Concat
 from zoo.errors import ZooError, unknown
-from zoo.host.routes import refuse_masks
+from zoo.host.refusals import refuse_masks, refuse_parts, refuse_position
 from zoo.parts import Call, Host, Layout, Project, Route, full_precision, repeat_heads
 from zoo.registry import Paper, Taxonomy, register
 
-ROUTERS = ("linear", "query_norm")
 # Where skipping was measured to pay: from so many tokens on, up to this share of routed heads on.
 SKIP_TOKENS, SKIP_SHARE = 1024, 0.7
-
-
-def moh_gates_reference(
-    x: Tensor,
-    heads: int,
-    shared_heads: int,
-    top_k: int,
-    w_routed: Tensor | None = None,
-    w_shared: Tensor | None = None,
-    w_balance: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Gates of the two-stage router, token by token; any dtype.
-
-    Args:
-        x: (B, N, C).
-        heads: Heads H.
-        shared_heads: Heads Hs that are always on.
-        top_k: Routed heads that are on for a token.
-        w_routed: W_g (H - Hs, C), or None without routed heads.
-        w_shared: W_1 (Hs, C), or None for Hs < 2.
-        w_balance: W_0 (2, C), or None without one of the groups.
-
-    Returns:
-        Gates (B, H, N), and the balance loss without its weight (None without routed heads).
-    """
-    routed = heads - shared_heads
-    rows, chosen, scores = [], [], []
-    for token in x.flatten(0, 1):
-        if w_shared is not None:
-            shared = shared_heads * (w_shared @ token).softmax(0)
-        else:
-            shared = torch.ones_like(token[:shared_heads])
-        gates, on = token.new_zeros(routed), token.new_zeros(routed)
-        if w_routed is not None:
-            p = (w_routed @ token).softmax(0)
-            best = p.argsort(descending=True)[:top_k]
-            on[best] = 1
-            gates = on * p / p[best].sum() * top_k
-            chosen.append(on)
-            scores.append(p)
-        if w_balance is not None:
-            a = 2 * (w_balance @ token).softmax(0)
-            shared, gates = a[0] * shared, a[1] * gates
-        rows.append(torch.cat([shared, gates]))
-    loss = None
-    if scores:
-        f, p = torch.stack(chosen).mean(0), torch.stack(scores).mean(0)
-        loss = (f * p).mean() * routed**2
-    return torch.stack(rows).unflatten(0, x.shape[:2]).transpose(1, 2), loss
-
-
-def query_norm_gates_reference(q: Tensor, shared_heads: int, top_k: int) -> Tensor:
-    """Gates (B, H, N) of the router without parameters from q (B, H, N, D), token by token."""
-    gates = torch.ones_like(q[..., 0])
-    for b in range(q.shape[0]):
-        for t in range(q.shape[2]):
-            norms = torch.stack([head[t].square().sum().sqrt() for head in q[b, shared_heads:]])
-            p = (norms / norms.std()).softmax(0)
-            on = torch.zeros_like(p)
-            on[p.argsort(descending=True)[:top_k]] = 1
-            gates[b, shared_heads:, t] = on * (1 + (p - p.detach()))
-    return gates
 
 
 def moh_reference(y: Tensor, gates: Tensor, w_out: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -141,11 +89,10 @@ def _refuse(host: Host, call: Call) -> str | None:
     assert isinstance(part, MoH)
     if torch.compiler.is_compiling():
         return "how many rows a head computes depends on the data, which no graph can hold"
-    for kind, name in (("score", "dot"), ("select", "all"), ("normalize", "softmax")):
-        if host.part_names[kind] != name:
-            return f"{kind} is {host.part_names[kind]!r}, not {name!r}"
-    if host.position.biases:
-        return f"position {host.part_names['position']!r} biases the scores"
+    bare = {"score": "dot", "select": "all", "normalize": "softmax"}
+    reason = refuse_parts(host, bare) or refuse_position(host)
+    if reason:
+        return reason
     if type(host.project).finish is not Project.finish:
         return f"project {host.part_names['project']!r} reads the outputs of all heads"
     if host.recording:
@@ -184,20 +131,6 @@ def _run(host: Host, call: Call) -> Tensor:
         return y
     shared = F.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=causal, scale=call.scale)
     return torch.cat([shared.transpose(1, 2), y.transpose(1, 2)], 2).transpose(1, 2)
-
-
-def _real_tokens(call: Call) -> Tensor | None:
-    """Tokens (B, N) that are no padding, or None for all.
-
-    A mask speaks of keys: a token is padding if nobody may attend to it. Where the keys are not
-    the tokens (a context), none is.
-    """
-    before = call.q_start - call.k_start
-    length = call.x.shape[1]
-    if call.mask is None or call.cross or call.mask.shape[3] != before + length:
-        return None
-    seen = call.mask.any(1).any(1)  # (B|1, M)
-    return seen[:, before:].expand(len(call.x), -1)
 
 
 @register(
@@ -303,10 +236,10 @@ class MoH(Concat):
         # Outside autocast: a router in half precision breaks ties by rounding.
         with full_precision(call.x):
             gates, active, p = self._route(call)
-        real = _real_tokens(call)
+        real = real_tokens(call)
         if self.training and self.aux_weight and p is not None:
             on = active[..., self.shared_heads :]
-            self.aux_losses["moh_balance"] = self.aux_weight * _balance_loss(on, p, real)
+            self.aux_losses["moh_balance"] = self.aux_weight * balance_loss(on, p, real)
         return {"gates": gates.transpose(1, 2), "active": active.transpose(1, 2), "real": real}
 
     def _route(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -315,40 +248,21 @@ class MoH(Concat):
         shared = x.new_ones(*x.shape[:2], self.shared_heads)
         on = torch.ones_like(shared, dtype=torch.bool)
         if self.shared is not None:
-            shared = self.shared_heads * _softmax(self.shared, x)
+            shared = self.shared_heads * token_scores(self.shared, x)
         if not self.routed_heads:
             return shared, on, None
-        p = self._query_scores(call.q) if self.routed is None else _softmax(self.routed, x)
-        best = p.topk(self.top_k, -1)
-        chosen = torch.zeros_like(p, dtype=torch.bool).scatter(-1, best.indices, True)
-        if self.router == "query_norm":
-            gates = chosen.to(p.dtype)
-            if self.training:
-                gates = gates * (1 + (p - p.detach()))
-        elif self.top_k == 1:
-            gates = chosen + 0 * p  # p_e / p_e without its rounding: the gradient is a true zero
+        if self.routed is None:
+            p = query_scores(call.q, self.layout.heads, self.shared_heads)
         else:
-            total = best.values.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps)
-            gates = chosen * p * (self.top_k / total)
+            p = token_scores(self.routed, x)
+        if self.router == "query_norm":
+            gates, chosen = query_norm_gates(p, self.top_k, self.training)
+        else:
+            gates, chosen = linear_gates(p, self.top_k)
         if self.balance is not None:
-            a = 2 * _softmax(self.balance, x)
+            a = 2 * token_scores(self.balance, x)
             shared, gates = shared * a[..., :1], gates * a[..., 1:]
         return torch.cat([shared, gates], -1), torch.cat([on, chosen], -1), p
-
-    def _query_scores(self, q: Tensor) -> Tensor:
-        """Softmax (B, N, He) over the norms of the routed heads' queries.
-
-        A normalizer may give a head several score heads: their queries count as one vector.
-        """
-        q = q.unflatten(1, (self.layout.heads, -1))[:, self.shared_heads :]  # (B, He, S, N, D)
-        q = q.to(torch.promote_types(q.dtype, torch.float32)).transpose(2, 3)
-        norms = torch.linalg.vector_norm(q, dim=(3, 4)).transpose(1, 2)
-        if self.routed_heads > 1 and norms.numel():
-            spread = norms.std(-1, keepdim=True)
-            # Equal norms have no spread to divide by, only rounding that would blow up gradients.
-            least = torch.finfo(norms.dtype).eps * norms.mean(-1, keepdim=True)
-            norms = norms / torch.where(spread > least, spread, 1.0)
-        return norms.softmax(-1)
 
     def forward(
         self, y: Tensor, x: Tensor, prepared: Mapping[str, Any] = MappingProxyType({})
@@ -377,18 +291,6 @@ def _check_count(name: str, value: int, least: int, most: int, of: str) -> None:
             f"{name}={value!r} of 'moh' must be a whole number from {least} to {most} with {of}; "
             f"nearest allowed {name}={near}"
         )
-
-
-def _softmax(router: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, router.weight.to(x.dtype)).softmax(-1)
-
-
-def _balance_loss(on: Tensor, p: Tensor, real: Tensor | None) -> Tensor:
-    """He^2 mean_e(f_e P_e) from what is on and p, both (B, N, He), over the real tokens."""
-    weight = torch.ones_like(p[..., :1]) if real is None else real[..., None].to(p.dtype)
-    weight = weight / weight.sum().clamp(min=1)
-    f, mean = (weight * on).sum((0, 1)), (weight * p).sum((0, 1))
-    return (f * mean).mean() * p.shape[-1] ** 2
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.host import engine
+from zoo.host.refusals import refuse_masks, refuse_parts, refuse_position
 from zoo.parts import Call, Host, Part, Route, repeat_heads
 
 
@@ -41,10 +42,9 @@ class Explanation:
 
 
 def _plain_softmax(host: Host, call: Call) -> str | None:
-    for kind, wanted in (("score", "dot"), ("normalize", "softmax")):
-        found = host.part_names[kind]
-        if found != wanted:
-            return f"{kind} is {found!r}, not {wanted!r}"
+    reason = refuse_parts(host, {"score": "dot", "normalize": "softmax"})
+    if reason:
+        return reason
     if call.dropout and call.q.device.type == "cpu":
         return "its CPU form with dropout holds all N x M weights"
     biased = host.position.biases or host.select.biases or call.bias is not None
@@ -53,29 +53,10 @@ def _plain_softmax(host: Host, call: Call) -> str | None:
     return None
 
 
-def refuse_masks(call: Call) -> str | None:
-    """Reason why one fused call cannot take the masks and biases of a pass, or None."""
-    rows, keys = call.q.shape[2], call.k.shape[2]
-    if call.causal and rows > 1:
-        if not call.scale > 0:
-            return f"its causal form multiplies -inf by the scale, which is {call.scale:g}"
-        if rows != keys:
-            return "its causal mask starts top-left, but there are cached keys"
-        if call.mask is not None or call.bias is not None:
-            return "it takes no mask or bias beside is_causal"
-    if call.mask is not None and call.bias is not None:
-        return "it takes a mask or a bias, not both"
-    if call.mask is not None and call.mask.shape[2] > 1:
-        return "rows of the mask may be empty"
-    return None
-
-
 def _refuse_sdpa(host: Host, call: Call) -> str | None:
-    reason = _plain_softmax(host, call)
+    reason = _plain_softmax(host, call) or refuse_position(host)
     if reason:
         return reason
-    if host.position.biases:
-        return f"position {host.part_names['position']!r} biases the scores"
     if host.part_names["select"] != "all":
         return f"select {host.part_names['select']!r} hides pairs"
     return refuse_masks(call)

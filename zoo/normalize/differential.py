@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ZooError, unknown
-from zoo.host.routes import refuse_masks
+from zoo.host.refusals import refuse_masks, refuse_parts, refuse_position
 from zoo.parts import Call, Host, Layout, Normalize, Route, mask_scores, repeat_heads
 from zoo.registry import Paper, Taxonomy, register
 
@@ -93,15 +93,13 @@ def pair_keys(k: Tensor, heads: int) -> Tensor:
 
 
 def _refuse(host: Host, call: Call) -> str | None:
-    if host.part_names["score"] != "dot":
-        return f"score is {host.part_names['score']!r}, not 'dot'"
-    if host.part_names["select"] != "all":
-        return f"select {host.part_names['select']!r} hides pairs"
-    if host.position.biases:
-        return f"position {host.part_names['position']!r} biases the scores"
-    if call.dropout:
-        return "dropout falls on the difference of the maps, which it never forms"
-    return refuse_masks(call)
+    reason = refuse_parts(host, {"score": "dot"})
+    if reason is None and host.part_names["select"] != "all":
+        reason = f"select {host.part_names['select']!r} hides pairs"
+    reason = reason or refuse_position(host)
+    if reason is None and call.dropout:
+        reason = "dropout falls on the difference of the maps, which it never forms"
+    return reason or refuse_masks(call)
 
 
 def _run(host: Host, call: Call) -> Tensor:

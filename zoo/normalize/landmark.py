@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
+from zoo.host.refusals import refuse_extras, refuse_parts, refuse_position, refuse_tracing
 from zoo.normalize._landmark_blocks import BlockAttention
 from zoo.normalize._landmark_memory import SELECTIONS, recall
 from zoo.normalize._landmark_weights import (
@@ -110,7 +111,7 @@ def landmark_attention(
         return kernel(q, k, v, block, scale)
     if backend == "triton":
         raise ZooError(f"backend='triton' of landmark_attention: {reason}")
-    reason = _refuse_transforms()
+    reason = refuse_tracing()
     if reason:
         raise ZooError(
             f"backend={backend!r} of landmark_attention: {reason}; use backend='reference'"
@@ -123,14 +124,6 @@ def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, block: int, scale: float) ->
         return landmark_attention_reference(q, k, v, block, scale)
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     return BlockAttention.apply(q, k, v, block, scale)[0]
-
-
-def _refuse_transforms() -> str | None:
-    if torch.compiler.is_compiling():
-        return "its own backward is not for compilers"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func cannot look into its own backward"
-    return None
 
 
 def _refuse_kernel(q: Tensor, k: Tensor, v: Tensor, block: int, by_name: bool) -> str | None:
@@ -146,18 +139,10 @@ def _refuse_kernel(q: Tensor, k: Tensor, v: Tensor, block: int, by_name: bool) -
 
 
 def _refuse_parts(host: Host, call: Call) -> str | None:
-    for kind, wanted in (("score", "dot"), ("select", "all")):
-        found = host.part_names[kind]
-        if found != wanted:
-            return f"{kind} is {found!r}, not {wanted!r}"
-    if host.position.biases:
-        return f"position {host.part_names['position']!r} biases the scores"
-    if call.bias is not None:
-        return "it takes no bias on the scores"
-    if call.mask is not None:
-        return "it takes no mask"
-    if call.dropout:
-        return "it has no dropout on the weights"
+    dense = {"score": "dot", "select": "all"}
+    reason = refuse_parts(host, dense) or refuse_position(host) or refuse_extras(call)
+    if reason:
+        return reason
     if host.normalize.random:
         return "it has no dropout on the shares of landmarks"
     return None
@@ -183,7 +168,7 @@ def _run_triton(host: Host, call: Call) -> Tensor:
 
 
 def _refuse_blocks(host: Host, call: Call) -> str | None:
-    reason = _refuse_parts(host, call) or _refuse_transforms()
+    reason = _refuse_parts(host, call) or refuse_tracing()
     if reason is None and call.q.device.type != "cpu":
         return "its tiles are sized for the cache of a CPU"
     if reason is None and host.route == "auto" and call.q.shape[2] == 1:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import CompatibilityError, ZooError
+from zoo.host.refusals import refuse_parts, refuse_tracing
 from zoo.parts import (
     Call,
     Host,
@@ -46,6 +47,7 @@ from zoo.parts import (
     grouped_matmul,
     repeat_heads,
 )
+from zoo.position._cope_relative import relative_term
 from zoo.position._cope_strips import cope_attention
 from zoo.registry import Paper, Taxonomy, Traits, register
 
@@ -115,10 +117,10 @@ def cope_attention_reference(
 
 
 def _other_parts(host: Host, call: Call) -> str | None:
-    wanted = {"score": "dot", "select": "all", "normalize": "softmax"}
-    for kind, name in wanted.items():
-        if host.part_names[kind] != name:
-            return f"{kind} is {host.part_names[kind]!r}, not {name!r}"
+    dense = {"score": "dot", "select": "all", "normalize": "softmax"}
+    reason = refuse_parts(host, dense)
+    if reason:
+        return reason
     if call.bias is not None:
         return "it takes no bias on the scores"
     return "it has no dropout" if call.dropout else None
@@ -134,10 +136,12 @@ def _refuse_strips(host: Host, call: Call) -> str | None:
         return f"it has no {'val_gates' if part.val_gates else 'with_rel'}"
     if call.mask is not None and call.mask.shape[1:3] != (1, 1):
         return "its mask can hide keys only, for all heads and queries alike"
-    if torch.compiler.is_compiling():
-        return "a compiler cannot see through its backward pass"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func cannot see through its backward pass"
+    reason = refuse_tracing(
+        "a compiler cannot see through its backward pass",
+        "torch.func cannot see through its backward pass",
+    )
+    if reason:
+        return reason
     if call.q.device.type != "cpu":
         return f"it is written for a CPU, not {call.q.device.type!r}"
     return None
@@ -365,30 +369,8 @@ class CoPE(Position):
             q = q if self.nodiv else q * strip.scale
             term = position_logits(q, gate_logits.to(wide), self.embedding.to(wide), strip.mask)
             if self.relative is not None:
-                term = term + self._relative_term(strip, wide)
+                term = term + relative_term(strip, self.relative.to(wide), self._keep)
         return term if scores is None else scores + term.to(scores.dtype)
-
-    def _relative_term(self, strip: Strip, dtype: torch.dtype) -> Tensor:
-        """The scaled q_i . R_{i-j}, (B, H, R, M)."""
-        assert self.relative is not None
-        assert self.max_len is not None
-        distance = strip.q_index[:, None] - strip.k_index
-        call, rows, keys = strip.call, strip.rows, strip.keys
-        farthest = call.q_start + rows.stop - 1 - call.k_start - keys.start
-        far = farthest >= self.max_len
-        if far and (torch.compiler.is_compiling() or distance.is_meta):
-            # There are no values of masks to look at.
-            far = self._keep is None or self._keep > self.max_len
-        elif far and strip.mask is not None:
-            far = bool((strip.mask & (distance >= self.max_len)).any())
-        if far:
-            raise ZooError(
-                f"max_len={self.max_len} of 'cope' with with_rel is too short for a distance of "
-                f"{farthest}; allowed: less than max_len"
-            )
-        meets = (strip.q.to(dtype) * strip.scale) @ self.relative.to(dtype).t()
-        distance = distance.clamp(0, self.max_len - 1)
-        return meets.gather(-1, distance.expand(*meets.shape[:2], -1, -1))
 
     def routes(self) -> tuple[Route, ...]:
         """Strips with a backward pass written by hand, and the paper's form."""

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError, unknown
 from zoo.host import engine
+from zoo.host.refusals import refuse_parts, refuse_position, refuse_tracing
 from zoo.parts import Call, Host, Layout, Route, Score, Strip, repeat_heads
 from zoo.registry import Paper, Taxonomy, Traits, register
 from zoo.score._neural_strips import neural_attention_strips
@@ -94,20 +95,20 @@ def uniform_rows(weights: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def _refuse_strips(host: Host, call: Call) -> str | None:
     assert isinstance(host.score, Neural)
-    for kind, wanted in (("normalize", "softmax"), ("select", "all")):
-        found = host.part_names[kind]
-        if found != wanted:
-            return f"{kind} is {found!r}, not {wanted!r}"
-    if host.position.biases:
-        return f"position {host.part_names['position']!r} biases the scores"
+    dense = {"normalize": "softmax", "select": "all"}
+    reason = refuse_parts(host, dense) or refuse_position(host)
+    if reason:
+        return reason
     if host.score.activation != "relu":
         return f"activation is {host.score.activation!r}, not 'relu'"
     if call.q.device.type != "cpu":
         return f"its strips are cut for the caches of a CPU, not for {call.q.device.type!r}"
-    if torch.compiler.is_compiling():
-        return "a compiler cannot look into its backward pass"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func cannot look into its backward pass"
+    reason = refuse_tracing(
+        "a compiler cannot look into its backward pass",
+        "torch.func cannot look into its backward pass",
+    )
+    if reason:
+        return reason
     if call.bias is not None:
         return "it takes no bias on the scores"
     if call.dropout:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
+from zoo.host.refusals import refuse_tracing
 from zoo.kernels import refuse
 from zoo.parts import check_cu_seqlens, full_precision, repeat_heads
 from zoo.select._moba_gate import gate, lay_blocks, visible
@@ -198,11 +199,7 @@ def moba_attention(
 
 def opaque() -> str | None:
     """Why nobody may look into the gathered form right now, or None."""
-    if torch.compiler.is_compiling():
-        return "its lists have lengths that no compiler knows"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func cannot look into its own backward"
-    return None
+    return refuse_tracing("its lists have lengths that no compiler knows")
 
 
 def on_meta(q: Tensor) -> str | None:

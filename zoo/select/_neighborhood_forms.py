@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
+from zoo.host.refusals import refuse_tracing
 from zoo.ops.partial import merge, partial_attention
 from zoo.parts import full_precision, mask_scores, repeat_heads
 from zoo.select._flex import flex_windows, refuse_flex
@@ -271,11 +272,7 @@ def refuse_tiles(given: Inputs) -> str | None:
         return "it has no dropout on the weights of additional keys"
     if given.q.is_meta:
         return "it looks at numbers, and meta tensors have none"
-    if torch.compiler.is_compiling():
-        return "its own backward is not for compilers"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func cannot look into its own backward"
-    return None
+    return refuse_tracing()
 
 
 _Form = tuple[Callable[[Inputs], str | None], Callable[[Inputs], tuple[Tensor, Any]]]

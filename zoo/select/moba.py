@@ -46,7 +46,8 @@ from torch import Tensor, nn
 
 from zoo.cache import LayerCache
 from zoo.errors import ZooError, unknown
-from zoo.host.routes import SDPA, refuse_masks
+from zoo.host.refusals import refuse_extras, refuse_masks, refuse_parts, refuse_position
+from zoo.host.routes import SDPA
 from zoo.kernels import refuse as refuse_kernel
 from zoo.parts import Call, Host, Layout, Route, Select, Strip
 from zoo.registry import Paper, Taxonomy, Traits, register
@@ -68,27 +69,16 @@ MODES = ("moba", "full")
 SHORT = 1024
 
 
-def _refuse_parts(host: Host, call: Call) -> str | None:
-    for kind, wanted in (("score", "dot"), ("normalize", "softmax")):
-        found = host.part_names[kind]
-        if found != wanted:
-            return f"{kind} is {found!r}, not {wanted!r}"
-    if host.position.biases:
-        return f"position {host.part_names['position']!r} biases the scores"
-    return None
+def _refuse_parts(host: Host) -> str | None:
+    dense = {"score": "dot", "normalize": "softmax"}
+    return refuse_parts(host, dense) or refuse_position(host)
 
 
 def _refuse(host: Host, call: Call) -> str | None:
     """Why no form of MoBA's own can take a pass."""
     if "chosen" not in call.prepared["select"]:
         return "every block is visible, so this is plain attention"
-    reason = _refuse_parts(host, call)
-    if reason is None and call.bias is not None:
-        return "it takes no bias on the scores"
-    if reason is None and call.mask is not None:
-        return "it takes no mask"
-    if reason is None and call.dropout:
-        return "it has no dropout on the weights"
+    reason = _refuse_parts(host) or refuse_extras(call)
     if reason is None and call.q.shape[2] != call.k.shape[2]:
         return "there are cached keys"
     return reason
@@ -109,7 +99,7 @@ def _refuse_triton(host: Host, call: Call) -> str | None:
 def _refuse_full(host: Host, call: Call) -> str | None:
     if "chosen" in call.prepared["select"]:
         return "not every block is visible"
-    reason = _refuse_parts(host, call) or refuse_masks(call)
+    reason = _refuse_parts(host) or refuse_masks(call)
     if reason is None and call.dropout and call.q.device.type == "cpu":
         return "its CPU form with dropout holds all N x M weights"
     return reason

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import CompatibilityError, ZooError
+from zoo.host.refusals import refuse_parts
 from zoo.parts import Call, Host, Layout, Route, Select, Strip, repeat_heads
 from zoo.registry import Paper, Taxonomy, Traits, register
 from zoo.select import _neighborhood_forms as forms
@@ -51,10 +52,9 @@ __all__ = ["Neighborhood", "na_mask", "neighborhood_attention"]
 
 def _refuse(host: Host, call: Call) -> str | None:
     """Why no route of this file can take a pass, or None."""
-    for kind, wanted in (("score", "dot"), ("normalize", "softmax")):
-        found = host.part_names[kind]
-        if found != wanted:
-            return f"{kind} is {found!r}, not {wanted!r}"
+    reason = refuse_parts(host, {"score": "dot", "normalize": "softmax"})
+    if reason:
+        return reason
     if host.position.biases or call.bias is not None:
         return "it takes no bias on the scores"
     if call.mask is not None:

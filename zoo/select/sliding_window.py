@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.host.refusals import refuse_parts, refuse_tracing
 from zoo.parts import Call, Host, Route, Select, Strip, mask_scores
 from zoo.registry import Paper, Taxonomy, Traits, register
 from zoo.select._flex import flex_windows, refuse_flex
@@ -130,10 +131,9 @@ def _rule(window: int, causal: bool) -> Window:
 
 
 def _refuse_bias(host: Host, call: Call) -> str | None:
-    for kind, wanted in (("score", "dot"), ("normalize", "softmax")):
-        found = host.part_names[kind]
-        if found != wanted:
-            return f"{kind} is {found!r}, not {wanted!r}"
+    reason = refuse_parts(host, {"score": "dot", "normalize": "softmax"})
+    if reason:
+        return reason
     if host.position.biases or call.bias is not None:
         return "it takes no bias on the scores"
     if call.q.shape[2] != call.k.shape[2] or call.q_start != call.k_start:
@@ -147,10 +147,9 @@ def _refuse_blocks(host: Host, call: Call) -> str | None:
         return reason
     if call.q.is_meta:
         return "it looks at numbers, and meta tensors have none"
-    if torch.compiler.is_compiling():
-        return "its own backward is not for compilers, which take the strips whole"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func cannot look into its own backward"
+    reason = refuse_tracing("its own backward is not for compilers, which take the strips whole")
+    if reason:
+        return reason
     if call.mask is not None and (call.mask.shape[1] > 1 or call.mask.shape[2] > 1):
         return "its mask can hide keys only, for all heads and queries alike"
     window = _window(host)
