@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.cache import Cache
@@ -25,6 +24,7 @@ from zoo.host.factory import create
 from zoo.host.spec import DEFAULTS, PartSpec, layout, parse, without
 from zoo.models import model
 from zoo.models._blocks import Block
+from zoo.models.language import generation
 from zoo.models.language._insertion import Insertion
 from zoo.parts import Part, Position, build, tie_layers
 from zoo.registry import info
@@ -287,99 +287,7 @@ class DecoderLM(nn.Module):
             x = block(x, mask=mask, positions=positions, cache=layer)
         return self.norm(x if kept is None else x.index_select(1, kept))
 
-    def _check_left_padding(self, lengths: Tensor) -> None:
-        """Refuse padding on the left where places are counted from the first token.
-
-        Raises:
-            ZooError: They are.
-        """
-        what = None
-        if self.inserted is not None:
-            what = f"the model inserts tokens after every {self.inserted.every}"
-        for part in self.modules():
-            if what is None and isinstance(part, Part) and part.counts:
-                what = f"{type(part).__name__} cuts blocks"
-        if what is not None:
-            raise ZooError(
-                f"lengths={lengths.tolist()!r} means padding on the left, but {what}, counted from "
-                "the first; give prompts of one length"
-            )
-
-    @torch.no_grad()
-    def generate(
-        self,
-        tokens: Tensor,
-        steps: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-        eos: int | None = None,
-        lengths: Tensor | None = None,
-    ) -> Tensor:
-        """Continue sequences one token at a time, with the cache.
-
-        Args:
-            tokens: Prompt, (B, N) int64, N at least 1.
-            steps: Tokens to add.
-            temperature: Of the softmax; 0 takes the likeliest token.
-            top_k: Sample among this many likeliest tokens.
-            top_p: Sample among the likeliest tokens that together have this probability.
-            generator: Source of randomness.
-            eos: Stop a sequence after this token (and repeat it to the end of the batch).
-            lengths: (B,) real tokens of each prompt, which stand at the end (padding on the left);
-                None where all prompts are of one length.
-
-        Returns:
-            (B, N + steps) int64, shorter when every sequence has ended.
-
-        Raises:
-            ZooError: An argument is out of range, the model gives no logits, or a prompt is padded
-                where places are counted from the first token.
-        """
-        if self.num_outputs is not None:
-            raise ZooError(f"num_outputs={self.num_outputs!r}: the model gives no tokens to sample")
-        if tokens.ndim != 2 or tokens.shape[1] < 1:
-            raise ZooError(f"prompt of shape {tuple(tokens.shape)} must be (batch, at least 1)")
-        if steps < 0:
-            raise ZooError(f"steps={steps!r} must not be negative")
-        if temperature < 0:
-            raise ZooError(f"temperature={temperature!r} must not be negative")
-        if top_k is not None and top_k < 1:
-            raise ZooError(f"top_k={top_k!r} must be at least 1")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ZooError(f"top_p={top_p!r} must lie in (0, 1]")
-        length = tokens.shape[1]
-        visible = None
-        if lengths is not None:
-            if lengths.shape != tokens.shape[:1] or lengths.min() < 1 or lengths.max() > length:
-                raise ZooError(f"lengths={lengths.tolist()!r} must be (batch,), from 1 to {length}")
-            if int(lengths.min()) < length:
-                self._check_left_padding(lengths)
-                visible = torch.arange(length, device=tokens.device) >= length - lengths[:, None]
-        was_training = self.training
-        self.eval()
-        try:
-            cache, new = Cache(), tokens
-            ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-            for _ in range(steps):
-                mask = positions = None
-                if visible is not None:
-                    mask = visible[:, None, None]
-                    positions = (visible.cumsum(1) - 1).clamp_min(0)[:, -new.shape[1] :]
-                    visible = F.pad(visible, (0, 1), value=True)
-                logits = self(new, mask=mask, positions=positions, cache=cache)[:, -1]
-                new = _sample(logits, temperature, top_k, top_p, generator)
-                if eos is not None:
-                    new = new.masked_fill(ended[:, None], eos)
-                    ended |= new[:, 0] == eos
-                tokens = torch.cat([tokens, new], 1)
-                if eos is not None and bool(ended.all()):
-                    break
-            return tokens
-        finally:
-            self.train(was_training)
+    generate = generation.generate
 
 
 def _inserting(layers: Iterable[nn.Module]) -> Part:
@@ -400,25 +308,3 @@ def _agreed(mixers: list[nn.Module], name: str) -> int | None:
     if len(found) > 1:
         raise ZooError(f"layers disagree on {name}: {' and '.join(map(str, found))}")
     return found[0] if found else None
-
-
-def _sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Draw (B, 1) tokens from logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kept, -torch.inf)
-    if top_p is not None:
-        ordered, index = logits.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        ordered = ordered.masked_fill(before >= top_p, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, index, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
