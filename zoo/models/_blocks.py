@@ -1,10 +1,11 @@
-"""The layers of the decoder language model around its mixers: norms, short convolution, MLP.
+"""The layers of the language models around their mixers: norms, short convolution, MLP.
 
 Legend: B batch, N length, C channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ class ShortConv(nn.Module):
         return x + self.conv(padded.transpose(1, 2)).transpose(1, 2)
 
 
-class SwiGLU(nn.Module):
-    """Gated MLP: W_2 (silu(W_1 x) * W_3 x) (Shazeer 2020).
+class SGLU(nn.Module):
+    """Gated MLP without an activation: W_2 (W_1 x * W_3 x) (TransNormerLLM, Qin et al. 2024).
 
     Args:
         dim: Channels.
@@ -70,42 +71,57 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(dim, 2 * hidden, **made)
         self.down = nn.Linear(hidden, dim, **made)
 
+    def activate(self, gate: Tensor) -> Tensor:
+        """What one of the two factors goes through, here nothing."""
+        return gate
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
         gate, value = self.up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * value)
+        return self.down(self.activate(gate) * value)
+
+
+class SwiGLU(SGLU):
+    """Gated MLP: W_2 (silu(W_1 x) * W_3 x) (Shazeer 2020).
+
+    Args:
+        dim: Channels.
+        hidden: Width inside.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    def activate(self, gate: Tensor) -> Tensor:
+        """The SiLU of a factor."""
+        return F.silu(gate)
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)).
 
     Args:
-        dim: Channels.
         attn: The mixer, an `Attention` host or a whole module.
-        hidden: Width of the MLP, 0 for none.
-        conv: Taps of the short convolution, 0 for none.
+        norm: Makes a norm; one stands before the mixer, another before the MLP.
+        conv: Short convolution between the first norm and the mixer, or None.
+        mlp: MLP, or None.
         dropout: On both residual branches.
-        device: Where parameters are made.
-        dtype: Their type.
     """
 
     def __init__(
         self,
-        dim: int,
         attn: nn.Module,
-        hidden: int,
-        conv: int,
-        dropout: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        norm: Callable[[], nn.Module],
+        *,
+        conv: ShortConv | None = None,
+        mlp: nn.Module | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = nn.RMSNorm(dim, eps=1e-6, **made)
-        self.conv = ShortConv(dim, conv, **made) if conv else None
+        self.norm1 = norm()
+        self.conv = conv
         self.attn = attn
-        self.norm2 = nn.RMSNorm(dim, eps=1e-6, **made) if hidden else None
-        self.mlp = SwiGLU(dim, hidden, **made) if hidden else None
+        self.norm2 = norm() if mlp is not None else None
+        self.mlp = mlp
         self.dropout = nn.Dropout(dropout)
 
     def forward(

@@ -20,6 +20,7 @@ from zoo.errors import ZooError
 TRAIN, TEST = 60, 20
 SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 COLUMNS = {"fashion_mnist": "image", "cifar10": "img"}
+REPOSITORIES = {"fashion_mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10"}
 
 Parts = dict[str, tuple[Tensor, Tensor]]
 
@@ -120,6 +121,26 @@ def test_rows_of_the_hub(name: str, parts: Parts, tmp_path: Path, whole, monkeyp
     check(build(name), name, parts, whole)
 
 
+def test_what_is_asked_of_the_hub(name: str, parts: Parts, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(fashion_mnist, "PACKAGE_FOLDER", tmp_path / "none")
+    asked = []
+
+    def load(repository, **told):
+        asked.append((repository, told["name"], told["instead"]))
+        return hf.DatasetDict({split: rows(name, *part) for split, part in parts.items()})
+
+    monkeypatch.setattr(hub, "load", load)
+    build(name).setup()
+    assert asked == [(REPOSITORIES[name], name, "digits")]
+
+
+def test_own_files_are_read_where_the_parquet_files_lie_too(name, parts, tmp_path, whole):
+    write_native(name, parts, tmp_path)
+    for split, (images, labels) in parts.items():
+        rows(name, images ^ 1, labels).to_parquet(tmp_path / f"{split}-0.parquet")
+    check(build(name, root=str(tmp_path)), name, parts, whole)
+
+
 def test_the_folder_of_the_package_is_used_where_there_is_one(tmp_path: Path, monkeypatch, whole):
     parts = random_parts("fashion_mnist")
     write_native("fashion_mnist", parts, tmp_path)
@@ -189,10 +210,12 @@ def test_the_fingerprint_notices_one_pixel_and_one_label(name, parts, tmp_path):
 
 
 def test_missing_folders_and_files_are_refused(name, tmp_path):
-    with pytest.raises(ZooError, match=r"root .*none' is not a folder"):
+    title = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}[name]
+    with pytest.raises(ZooError, match=rf"root .*none' is not a folder; .* with {title}"):
         build(name, root=str(tmp_path / "none"))
     data = build(name, root=str(tmp_path))
-    with pytest.raises(ZooError, match="train part; allowed: a folder with"):
+    message = rf"no {title} train part; allowed: .*(idx3-ubyte|_1\.bin).*, or with train\*\.parquet"
+    with pytest.raises(ZooError, match=message):
         data.setup()
 
 

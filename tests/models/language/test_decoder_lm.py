@@ -1,4 +1,4 @@
-"""The decoder language model: shapes, cache, layouts, positions, initialisation, generation."""
+"""The decoder language model: shapes, cache, layouts, positions, initialisation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import zoo
 from zoo import models
 from zoo.models._blocks import ShortConv
-from zoo.models.language.decoder_lm import DecoderLM, _sample
+from zoo.models.language.decoder_lm import DecoderLM
 
 
 def build(**options):
@@ -130,40 +130,6 @@ def test_a_special_initialisation_survives_the_models_own():
             assert parameter.std() > 0.03
 
 
-def test_generation_is_reproducible_and_keeps_the_prompt():
-    model = build(conv=3)
-    runs = [
-        model.generate(TOKENS, 6, top_k=5, top_p=0.9, generator=torch.Generator().manual_seed(3))
-        for _ in range(2)
-    ]
-    assert torch.equal(*runs)
-    assert runs[0].shape == (2, 15)
-    assert torch.equal(runs[0][:, :9], TOKENS)
-    assert model.training
-
-
-def test_greedy_generation_follows_the_parallel_argmax():
-    model = build().eval()
-    tokens = TOKENS
-    for _ in range(5):
-        tokens = torch.cat([tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)], 1)
-    assert torch.equal(model.generate(TOKENS, 5, temperature=0), tokens)
-
-
-def test_generation_stops_when_every_sequence_has_ended():
-    model = build().eval()
-    first = int(model(TOKENS[:1])[0, -1].argmax())
-    assert model.generate(TOKENS[:1], 9, temperature=0, eos=first).shape == (1, 10)
-
-
-def test_sampling_keeps_to_top_k_and_top_p():
-    logits = torch.tensor([[3.0, 2.0, 1.0, -5.0]]).repeat(200, 1)
-    generator = torch.Generator().manual_seed(0)
-    assert set(_sample(logits, 1.0, 2, None, generator).flatten().tolist()) == {0, 1}
-    assert set(_sample(logits, 1.0, None, 0.6, generator).flatten().tolist()) == {0}
-    assert set(_sample(logits, 1.0, None, 0.7, generator).flatten().tolist()) == {0, 1}
-
-
 def test_the_short_convolution_by_hand():
     conv = ShortConv(1, 2)
     with torch.no_grad():
@@ -186,27 +152,6 @@ def test_padding_at_the_end_does_not_reach_the_real_tokens():
     mask = zoo.padding_mask(torch.tensor([9, 5]))
     padded = model(TOKENS, mask=mask)
     torch.testing.assert_close(padded[1:, :5], model(TOKENS[1:, :5]), rtol=1e-5, atol=1e-6)
-
-
-def test_prompts_of_different_lengths_are_refused_where_blocks_are_counted():
-    model = build(attention="moba(block=2, topk=2)").eval()
-    with pytest.raises(zoo.ZooError, match=r"lengths=\[9, 5\].*left.*MoBA cuts blocks"):
-        model.generate(TOKENS, 2, lengths=torch.tensor([9, 5]))
-    same = model.generate(TOKENS, 2, temperature=0, lengths=torch.tensor([9, 9]))
-    assert torch.equal(same, model.generate(TOKENS, 2, temperature=0))
-    model.blocks[0].attn.select.set_mode("full")
-    model.blocks[1].attn.select.set_mode("full")
-    assert model.generate(TOKENS, 2, lengths=torch.tensor([9, 5])).shape == (2, 11)
-
-
-@pytest.mark.parametrize("attention", ["mha", "mha+rope", "linear", "sliding_window(window=4)"])
-def test_prompts_of_different_lengths_continue_as_they_would_alone(attention):
-    model = build(attention=attention, conv=3).eval()
-    lengths = torch.tensor([9, 5])
-    together = model.generate(TOKENS, 6, temperature=0, lengths=lengths)
-    for row, size in enumerate(lengths.tolist()):
-        alone = model.generate(TOKENS[row : row + 1, -size:], 6, temperature=0)
-        assert torch.equal(together[row, -6:], alone[0, -6:])
 
 
 @pytest.mark.parametrize(
@@ -233,21 +178,6 @@ def test_prompts_of_different_lengths_continue_as_they_would_alone(attention):
 def test_bad_options_are_refused(options, message):
     with pytest.raises((zoo.ZooError, ValueError), match=message):
         build(**options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": -1.0}, "temperature"),
-        ({"top_k": 0}, "top_k"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"steps": -1}, "steps"),
-        ({"lengths": torch.tensor([9, 10])}, "lengths"),
-    ],
-)
-def test_bad_sampling_arguments_are_refused(options, message):
-    with pytest.raises(zoo.ZooError, match=message):
-        build().generate(TOKENS, **{"steps": 2, **options})
 
 
 def test_a_model_of_numbers_gives_them_at_every_position_and_samples_nothing():

@@ -8,7 +8,8 @@ from golden_files import under
 
 import zoo
 from zoo import models
-from zoo.models.language.transnormer import SGLU, SRMSNorm, TNLBlock, TransNormer
+from zoo.models._blocks import SGLU, Block
+from zoo.models.language.transnormer import SRMSNorm, TransNormer
 from zoo.testing.subject import draw
 from zoo.testing.tolerances import assert_close
 
@@ -119,7 +120,7 @@ def test_srms_norm_has_no_weight_and_is_computed_in_float32():
 
 def test_block_adds_both_branches():
     attn = zoo.create("lightning", dim=8, heads=2, causal=True, dtype=torch.float64)
-    block = TNLBlock(8, attn, 12, dtype=torch.float64)
+    block = Block(attn, SRMSNorm, mlp=SGLU(8, 12, dtype=torch.float64))
     x = draw(2, 5, 8)
     inner = x + attn(block.norm1(x))
     assert_close(block(x), inner + block.mlp(block.norm2(inner)), "block")

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from zoo.datasets import hub
 from zoo.datasets.registry import dataset
-from zoo.datasets.vision.images import LargeImageData, Split, hub_split, parquet_split
+from zoo.datasets.vision.images import Split
+from zoo.datasets.vision.labelled import LabelledImages
 from zoo.errors import ZooError
 
-REPOSITORY = "uoft-cs/cifar10"
 _BINARY = {
     "train": tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
     "test": ("test_batch.bin",),
@@ -42,34 +41,9 @@ def read_binary(files: list[Path]) -> Split:
     return table[:, 1:].reshape(-1, 3, 32, 32).contiguous(), table[:, 0].long()
 
 
-def read_folder(folder: Path) -> tuple[Split, Split]:
-    """Read training and test part from a folder of binary or parquet files.
-
-    Args:
-        folder: Folder of the binary version, or a copy of the hub's.
-
-    Raises:
-        ZooError: A file is missing or malformed.
-    """
-    parts: list[Split] = []
-    for split, names in _BINARY.items():
-        files = [folder / name for name in names]
-        if all(file.is_file() for file in files):
-            parts.append(read_binary(files))
-            continue
-        found = parquet_split(folder, split, "img", "RGB")
-        if found is None:
-            raise ZooError(
-                f"root {str(folder)!r} has no CIFAR-10 {split} part; allowed: a folder with "
-                f"{', '.join(names)} or with {split}*.parquet"
-            )
-        parts.append(found)
-    return parts[0], parts[1]
-
-
 @dataset("cifar10")
 @dataclass(kw_only=True, eq=False, repr=False)
-class CIFAR10(LargeImageData):
+class CIFAR10(LabelledImages):
     """CIFAR-10: ten classes of animals and vehicles in colour, 32x32 pixels.
 
     Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
@@ -91,27 +65,25 @@ class CIFAR10(LargeImageData):
 
     needs = "files or the hub"
 
-    root: str | None = None
-
+    title = "CIFAR-10"
+    repository = "uoft-cs/cifar10"
+    column = "img"
+    local = "root=FOLDER with its binary version or parquet files"
     classes = (
         *("airplane", "automobile", "bird", "cat", "deer"),
         *("dog", "frog", "horse", "ship", "truck"),
     )
     image_shape = (3, 32, 32)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.root is not None and not Path(self.root).expanduser().is_dir():
-            raise ZooError(f"root {self.root!r} is not a folder; allowed: a folder with CIFAR-10")
+    def own_files(self, folder: Path, split: str) -> list[Path] | None:
+        """Return the files of the binary version, None if they are not all there."""
+        files = [folder / name for name in _BINARY[split]]
+        return files if all(file.is_file() for file in files) else None
 
-    def parts(self) -> tuple[Split, Split]:
-        """Return the training and the test part."""
-        if self.root is not None:
-            return read_folder(Path(self.root).expanduser())
-        loaded = hub.load(
-            REPOSITORY,
-            name="cifar10",
-            instead="digits",
-            local="root=FOLDER with its binary version or parquet files",
-        )
-        return hub_split(loaded["train"], "img", "RGB"), hub_split(loaded["test"], "img", "RGB")
+    def read_own(self, files: list[Path]) -> Split:
+        """Read files of the binary version."""
+        return read_binary(files)
+
+    def own_names(self, split: str) -> str:
+        """Say how the files of the binary version are called."""
+        return ", ".join(_BINARY[split])

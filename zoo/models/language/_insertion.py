@@ -8,12 +8,14 @@ next.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.parts import Part
 
 
 class Insertion(nn.Module):
@@ -80,3 +82,13 @@ class Insertion(nn.Module):
         full = mask.new_ones(*mask.shape[:3], self.total(keys))
         full[..., self._places(0, keys, mask.device)] = mask
         return full
+
+
+def inserting(layers: Iterable[nn.Module]) -> Part:
+    """Return the first part for which tokens are inserted.
+
+    Args:
+        layers: The layers, at least one of which has such a part.
+    """
+    modules = (m for layer in layers for m in layer.modules())
+    return next(m for m in modules if isinstance(m, Part) and m.insert_every is not None)

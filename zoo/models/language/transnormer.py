@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from zoo.attend.lightning import EPS, srms_norm
-from zoo.cache import LayerCache
 from zoo.errors import ZooError
 from zoo.models import model
+from zoo.models._blocks import SGLU, Block
 from zoo.models.language.decoder_lm import DecoderLM
-from zoo.parts import Part
 
 STD = 0.02
 
@@ -46,75 +45,6 @@ class SRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(.., C) to (.., C)."""
         return srms_norm(x, self.eps)
-
-
-class SGLU(nn.Module):
-    """Gated linear unit without an activation.
-
-    Args:
-        dim: Channels.
-        hidden: Width inside.
-        device: Where parameters are made.
-        dtype: Their type.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        hidden: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        made: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
-        self.up = nn.Linear(dim, 2 * hidden, **made)
-        self.down = nn.Linear(hidden, dim, **made)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
-        value, gate = self.up(x).chunk(2, -1)
-        return self.down(value * gate)
-
-
-class TNLBlock(nn.Module):
-    """x + attn(norm(x)), then x + mlp(norm(x)), with the norms that have no weight.
-
-    Args:
-        dim: Channels.
-        attn: The mixer, an `Attention` host with `lightning` or any other.
-        hidden: Width of the SGLU.
-        dropout: On both residual branches.
-        device: Where parameters are made.
-        dtype: Their type.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        attn: nn.Module,
-        hidden: int,
-        dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = SRMSNorm(), SRMSNorm()
-        self.attn = attn
-        self.mlp = SGLU(dim, hidden, device, dtype)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
-        y = self.attn(self.norm1(x), mask=mask, positions=positions, cache=cache)
-        x = x + self.dropout(y)
-        return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 @model("transnormer", causal=True)
@@ -185,19 +115,12 @@ class TransNormer(DecoderLM):
         hidden = max(1, round(mlp * dim))
         mixers = [block.attn for block in self.blocks]
         self.blocks = nn.ModuleList(
-            TNLBlock(dim, mixer, hidden, dropout, device, dtype)  # type: ignore[arg-type]
+            Block(mixer, SRMSNorm, mlp=SGLU(dim, hidden, device, dtype), dropout=dropout)  # type: ignore[arg-type]
             for mixer in mixers
         )
         self.norm = SRMSNorm()
         self.init_weights()
 
-    def init_weights(self) -> None:
-        """Normal with standard deviation 0.02; parts that start in a way of their own keep it."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=STD)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, Part) and module.special_init:
-                module.reset_parameters()
+    def weight_std(self, name: str, module: nn.Linear | nn.Embedding) -> float:
+        """Return 0.02 for all weights."""
+        return STD
