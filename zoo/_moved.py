@@ -22,6 +22,7 @@ MODULES = {
     "zoo.colour": "zoo.pictures.colour",
     "zoo.compositions": "zoo.docs.compositions",
     "zoo.datasets.bytes_stdlib": "zoo.datasets.language.bytes_stdlib",
+    "zoo.datasets.checks": "zoo.checks",
     "zoo.datasets.cifar10": "zoo.datasets.vision.cifar10",
     "zoo.datasets.count_ones": "zoo.datasets.synthetic.count_ones",
     "zoo.datasets.counting": "zoo.datasets.synthetic.counting",
