@@ -79,6 +79,7 @@ MODULES = {
     "zoo.runs.efficiency": "zoo.leaderboard.efficiency",
     "zoo.runs.environment": "zoo.report.environment",
     "zoo.runs.expressions": "zoo.claims.expressions",
+    "zoo.runs.fields": "zoo.runs.record_fields",
     "zoo.runs.figures": "zoo.leaderboard.page.figures",
     "zoo.runs.grid": "zoo.sweeps.grid",
     "zoo.runs.html": "zoo.leaderboard.page.html",
