@@ -164,9 +164,14 @@ def choice(name: str, value: object, allowed: Iterable[str], *, of: str = "") ->
 
 
 def optional(
-    check: Callable[Concatenate[str, object, _P], _T],
+    check: Callable[Concatenate[str, object, _P], _T], meaning: str = ""
 ) -> Callable[Concatenate[str, object, _P], _T | None]:
-    """Make a check that accepts None beside what `check` accepts."""
+    """Make a check that accepts None beside what `check` accepts.
+
+    Args:
+        check: The check.
+        meaning: What None stands for, as errors add it to "or None", such as "for all blocks".
+    """
 
     def checked(name: str, value: object, *args: _P.args, **kwargs: _P.kwargs) -> _T | None:
         if value is None:
@@ -174,7 +179,7 @@ def optional(
         try:
             return check(name, value, *args, **kwargs)
         except ZooError as error:
-            raise ZooError(f"{error}, or None") from None
+            raise ZooError(f"{error}, or None {meaning}".rstrip()) from None
 
     return checked
 
