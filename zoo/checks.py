@@ -260,12 +260,11 @@ def image_shape(name: str, value: object) -> tuple[int, int, int]:
     Raises:
         ZooError: Not three whole numbers of at least 1.
     """
-    try:
-        channels, height, width = wholes(name, value, 3)
-    except ZooError:
-        allowed = "(channels, height, width), whole numbers of at least 1"
-        raise wrong(name, value, allowed) from None
-    return channels, height, width
+    sides = list(value) if isinstance(value, Iterable) else []
+    if len(sides) != 3:
+        raise wrong(name, value, "(channels, height, width)")
+    channels = whole(f"{name}: channels", sides[0])
+    return channels, whole(f"{name}: height", sides[1]), whole(f"{name}: width", sides[2])
 
 
 def wrong(

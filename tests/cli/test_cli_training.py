@@ -218,9 +218,9 @@ def test_sample(zoo_cli: Call, text_run: Any) -> None:
     ("options", "message"),
     [
         (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0 must not be negative"),
-        (["--prompt", "a", "--top-k", "0"], "top_k=0 must be at least 1"),
-        (["--prompt", "a", "--top-p", "2"], "top_p=2.0 must lie in (0, 1]"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0 must be a number of"),
+        (["--prompt", "a", "--top-k", "0"], "top_k=0 must be a whole number of at least 1"),
+        (["--prompt", "a", "--top-p", "2"], "top_p=2.0 must be a number in (0, 1]"),
         (["--prompt", "a", "--tokens", "99"], "the prompt has 1 tokens, 99 more were asked for"),
         ([], "missing option '--prompt'"),
     ],

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.cache import Cache
 from zoo.errors import ZooError
 from zoo.host.factory import create
@@ -84,12 +85,9 @@ class DecoderLM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if vocab_size < 1:
-            raise ZooError(f"vocab_size={vocab_size!r} must be at least 1")
-        if num_outputs is not None and num_outputs < 1:
-            raise ZooError(f"num_outputs={num_outputs!r} must be at least 1, or None for logits")
-        if mlp < 0:
-            raise ZooError(f"mlp={mlp!r} must be 0 (none) or a positive ratio")
+        checks.whole("vocab_size", vocab_size)
+        checks.optional(checks.whole, "for logits")("num_outputs", num_outputs)
+        checks.number("mlp", mlp, 0, also="0 for none")
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.vocab_size, self.num_outputs, self.max_len = vocab_size, num_outputs, max_len
         self.specs, embedding = self._specs(layout(attention, depth, layers), position)
@@ -342,14 +340,10 @@ class DecoderLM(nn.Module):
             raise ZooError(f"num_outputs={self.num_outputs!r}: the model gives no tokens to sample")
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ZooError(f"prompt of shape {tuple(tokens.shape)} must be (batch, at least 1)")
-        if steps < 0:
-            raise ZooError(f"steps={steps!r} must not be negative")
-        if temperature < 0:
-            raise ZooError(f"temperature={temperature!r} must not be negative")
-        if top_k is not None and top_k < 1:
-            raise ZooError(f"top_k={top_k!r} must be at least 1")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ZooError(f"top_p={top_p!r} must lie in (0, 1]")
+        checks.whole("steps", steps, 0)
+        checks.number("temperature", temperature, 0)
+        checks.optional(checks.whole)("top_k", top_k)
+        checks.optional(checks.number)("top_p", top_p, above=0, high=1)
         length = tokens.shape[1]
         visible = None
         if lengths is not None:
