@@ -173,13 +173,13 @@ def test_growth_is_the_slope_of_the_last_three(power: float) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": 0}, "heads=0 must be at least 1"),
-        ({"rounds": 0}, "rounds=0 must be at least 1"),
+        ({"heads": 0}, "heads=0 must be a whole number of at least 1"),
+        ({"rounds": 0}, "rounds=0 must be a whole number of at least 1"),
         ({"lengths": []}, r"lengths=\[\] must be"),
         ({"lengths": [4, 0]}, "lengths=.* must be"),
-        ({"seconds": 0.0}, "seconds=0.0 must be positive"),
-        ({"give_up": 0.0}, "give_up=0.0 must be positive"),
-        ({"seconds": math.nan}, "seconds=nan must be positive"),
+        ({"seconds": 0.0}, "seconds=0.0 must be a number above 0"),
+        ({"give_up": 0.0}, "give_up=0.0 must be a number above 0, or None for never"),
+        ({"seconds": math.nan}, "seconds=nan must be a number above 0"),
         ({"device": "cuba"}, "unknown device 'cuba'; did you mean 'cuda'"),
         ({"dtype": "float31"}, "unknown dtype 'float31'; did you mean 'float32'"),
         ({"specs": ["rope", "mha+rope"]}, "'mha.rope' is given twice"),

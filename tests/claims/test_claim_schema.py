@@ -89,7 +89,7 @@ def test_the_hash_is_that_of_every_word_and_of_the_order_of_the_variants():
     [
         ({"criterium": []}, "unknown key in claim 'criterium'; did you mean 'criterion'"),
         ({"seeds": "many"}, "claim: seeds: Value 'many'"),
-        ({"seeds": 0}, "claim: seeds=0 must be at least 1"),
+        ({"seeds": 0}, "claim: seeds=0 must be a whole number of at least 1"),
         ({"needs": "tpu"}, "unknown value of needs 'tpu'; did you mean 'gpu'"),
         ({"statement": " "}, "claim: statement is empty"),
         ({"source": ""}, "claim: source is empty"),

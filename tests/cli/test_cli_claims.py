@@ -215,8 +215,8 @@ def test_a_narrow_terminal_has_statements_under_their_names(
         (["claims", "nothing_like_it"], "unknown claim 'nothing_like_it'"),
         (["claims", "mqar"], "recipe 'mqar' states no claim; 'zoo claims' lists those that do"),
         (["claims", "nowhere.yaml"], "recipe file nowhere.yaml does not exist"),
-        (["claims", "{recipe}", "--workers", "0"], "workers is 0; it must be at least 1"),
-        (["claims", "{recipe}", "--verdict-only", "--jobs", "0"], "workers is 0"),
+        (["claims", "{recipe}", "--workers", "0"], "workers=0 must be a whole number of at least"),
+        (["claims", "{recipe}", "--verdict-only", "--jobs", "0"], "workers=0 must be"),
     ],
 )
 def test_mistakes(

@@ -82,7 +82,7 @@ def test_without_an_address_runs_are_processes(
 def test_jobs_must_be_positive_on_a_cluster_too(zoo_cli: Call, places: type[Places]) -> None:
     result = zoo_cli("sweep", "mqar", "seeds=2", "--ray", "--jobs", 0)
     assert result.exit_code == 2
-    assert "jobs is 0; it must be at least 1" in result.stderr
+    assert "jobs=0 must be a whole number of at least 1" in result.stderr
     assert places.opened == ["local", "closed"]
 
 

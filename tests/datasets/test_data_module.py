@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lightning import LightningModule, Trainer
@@ -140,13 +142,25 @@ def test_setup_reads_once(build, monkeypatch):
 @pytest.mark.parametrize("option", ["batch_size", "eval_batch_size"])
 @pytest.mark.parametrize("value", [0, -3, 2.0, "8", True, None])
 def test_impossible_batch_sizes_are_refused(build, option, value):
-    with pytest.raises(ZooError, match=rf"^{option} must be a whole number >= 1; got "):
+    message = f"{option}={value!r} must be a whole number of at least 1"
+    with pytest.raises(ZooError, match=f"^{re.escape(message)}$"):
         build(**{option: value})
+
+
+def test_numbers_of_numpy_are_taken_like_others():
+    plain = datasets.create("flip_flop", seq_len=8, p_ignore=0.5, val_size=4)
+    other = datasets.create(
+        "flip_flop", seq_len=np.int64(8), p_ignore=np.float32(0.5), val_size=np.int8(4)
+    )
+    for data in (plain, other):
+        data.setup()
+    assert other.fingerprint == plain.fingerprint
+    assert (type(other.seq_len), type(other.p_ignore)) == (int, float)
 
 
 @pytest.mark.parametrize("option", ["seed", "num_workers"])
 def test_negative_seed_or_workers_are_refused(build, option):
-    with pytest.raises(ZooError, match=f"{option} must be a whole number >= 0; got -1"):
+    with pytest.raises(ZooError, match=f"^{option}=-1 must be a whole number of at least 0$"):
         build(**{option: -1})
 
 

@@ -168,7 +168,7 @@ def test_the_plan_can_be_restricted():
         (["attention=moab"], r"'moab'.*moba"),
         (["lr=1e-3"], r"'lr'.*allowed.*track"),
         (["seeds=0"], "seeds=0"),
-        (["seeds=3,5"], "seeds=3,5: it must be one whole number"),
+        (["seeds=3,5"], "seeds='3,5' must be a whole number of at least 1"),
         (["seeds"], "write key=value"),
         (["track=recall", "track=state"], "given twice"),
         (["recipe=digits", "attention=gru"], "nothing to run.*digits has no 'gru': it sees earl"),
@@ -181,7 +181,7 @@ def test_bad_words_are_refused(words, message):
 
 
 def test_bad_numbers_are_refused(go):
-    with pytest.raises(ZooError, match="jobs is 0"):
+    with pytest.raises(ZooError, match="jobs=0 must be a whole number"):
         go(lambda lr, seed: lr, jobs=0)
-    with pytest.raises(ZooError, match="minutes is 0"):
+    with pytest.raises(ZooError, match="minutes=0 must be a number above 0"):
         go(lambda lr, seed: lr, minutes=0)

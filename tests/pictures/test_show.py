@@ -38,7 +38,7 @@ def test_whole_modules_form_no_weights(name: str) -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ZooError, match="length=0 must be at least 1"):
+    with pytest.raises(ZooError, match="length=0 must be a whole number of at least 1"):
         show.host_maps("mha", length=0)
     with pytest.raises(ZooError, match="did you mean 'mha'"):
         show.host_maps("mhaa")

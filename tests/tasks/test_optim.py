@@ -65,7 +65,8 @@ def test_warm_up_is_steps_or_a_share_of_all_steps():
         ({"warmup": 2.5}, "optim.warmup=2.5"),
         ({"warmup": math.nan}, "optim.warmup"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
-        ({"clip": 0.0}, "optim.clip"),
+        ({"clip": 0.0}, "optim.clip=0.0 must be a number above 0, or None"),
+        ({"clip": math.inf}, "optim.clip=inf"),
     ],
 )
 def test_impossible_values_are_refused_by_name(values, said):

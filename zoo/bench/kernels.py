@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo import checks
 from zoo.bench import memory
 from zoo.bench.kernel_cases import Case, Form, cases, inputs, sdpa
 from zoo.errors import ZooError, unknown
@@ -55,12 +56,9 @@ class Plan:
     smoke: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
-        if not self.seconds > 0:
-            raise ZooError(f"seconds={self.seconds!r} must be positive")
-        if not self.lengths or min(self.lengths) < 1:
-            raise ZooError(f"lengths={self.lengths!r} must be whole numbers of at least 1")
+        checks.choice("dtype", self.dtype, DTYPES)
+        checks.number("seconds", self.seconds, above=0)
+        self.lengths = list(checks.wholes("lengths", self.lengths))
         if not self.smoke and not torch.cuda.is_available():
             raise ZooError(
                 "kernels are measured on a CUDA device, and torch finds none; --smoke (smoke=True) "

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.bench import contenders, memory
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 
 PASSES = ("forward", "forward+backward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,16 +43,12 @@ class Common:
     def _check(self, *sizes: str) -> None:
         """Refuse values out of range."""
         for name in (*sizes, "threads", "rounds"):
-            if getattr(self, name) < 1:
-                raise ZooError(f"{name}={getattr(self, name)!r} must be at least 1")
-        if not (self.seconds > 0 and isfinite(self.seconds)):
-            raise ZooError(f"seconds={self.seconds!r} must be positive")
-        if self.device not in memory.METHODS:
-            raise unknown("device", self.device, memory.METHODS)
+            setattr(self, name, checks.whole(name, getattr(self, name)))
+        self.seconds = checks.number("seconds", self.seconds, above=0)
+        checks.choice("device", self.device, memory.METHODS)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ZooError("device 'cuda' was asked for, but torch finds none; allowed here: cpu")
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
+        checks.choice("dtype", self.dtype, DTYPES)
 
     def _resolve(self, resolve: Callable[[str], str], baseline: str) -> list[str]:
         """Canonical names, the baseline in front, wherever it was named."""
@@ -107,11 +103,9 @@ class Setting(Common):
 
     def __post_init__(self) -> None:
         self._check("dim", "heads", "batch")
-        if not self.lengths or min(self.lengths) < 1:
-            raise ZooError(f"lengths={self.lengths!r} must be whole numbers of at least 1")
-        if self.give_up is not None and not (self.give_up > 0 and isfinite(self.give_up)):
-            raise ZooError(f"give_up={self.give_up!r} must be positive, or None for never")
-        self.lengths = sorted(set(self.lengths))
+        self.lengths = sorted(set(checks.wholes("lengths", self.lengths)))
+        never = checks.optional(checks.number, "for never")
+        self.give_up = never("give_up", self.give_up, above=0)
         self.baseline = contenders.resolve(self.baseline)
         self.specs = self._resolve(contenders.resolve, self.baseline)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.bench.contenders import split_route
 from zoo.bench.settings import DTYPES, Common
 from zoo.errors import ZooError, unknown
@@ -87,11 +88,7 @@ class ShapeSetting(Common):
         self.shapes = list(dict.fromkeys(self.shapes)) or SHAPES[self.sort]
         rank = AXES[self.sort].count(",") + 1
         for shape in self.shapes:
-            if len(shape) != rank or min(shape) < 1:
-                raise ZooError(
-                    f"shape={','.join(map(str, shape))} must be {rank} whole numbers of at least "
-                    f"1: {AXES[self.sort]}"
-                )
+            checks.wholes("shape", shape, rank, also=f"the axes {AXES[self.sort]}")
         self.baseline = self._choose_baseline()
         self.specs = self._resolve(self._canonical, self.baseline)
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zoo import registry
+from zoo import checks, registry
 from zoo.claims.expressions import FUNCTIONS, Comparison
 from zoo.errors import ZooError, unknown
 from zoo.registry import SOCKETS
@@ -151,8 +151,7 @@ def _check(claim: Claim) -> None:
     for key in ("variants", "figures", "criterion"):
         if not getattr(claim, key):
             raise ZooError(f"{key} is empty; a claim needs at least one")
-    if claim.seeds < 1:
-        raise ZooError(f"seeds={claim.seeds} must be at least 1")
+    checks.whole("seeds", claim.seeds)
     if claim.needs is not None and claim.needs not in NEEDS:
         raise unknown("value of needs", claim.needs, NEEDS)
     for key in ("variants", "figures"):

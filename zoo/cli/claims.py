@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from zoo import checks
 from zoo.cli.output import console, notes, table
 from zoo.errors import ZooError
 
@@ -44,8 +45,7 @@ def claims(
     if name is None:
         _list(records)
         return
-    if workers < 1:
-        raise ZooError(f"workers is {workers}; it must be at least 1")
+    checks.whole("workers", workers)
     found = claims.find(name)
     folder = records / found.name
     claims.refuse_changed(found, folder)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo import checks
 from zoo.errors import ZooError, unknown
 from zoo.host.spec import canonical
 from zoo.pictures.show import maps, save_figure, visible
@@ -113,8 +114,7 @@ def saved_pictures(found: Restored, output: Path) -> list[Path]:
 
 
 def _example(data: Any, length: int | None) -> tuple[list[str] | None, Tensor]:
-    if length is not None and length < 1:
-        raise ZooError(f"length={length!r} must be at least 1")
+    checks.optional(checks.whole)("length", length)
     data.setup()
     batch = next(iter(data.val_dataloader()))
     if "image" in batch:

@@ -15,7 +15,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.batches import Batches, EvalBatches, Source, Steps
 from zoo.datasets.order import Chunks, Order, Shard
 from zoo.errors import ZooError, unknown
@@ -74,10 +74,10 @@ class DataModule(LightningDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
-        checks.whole("batch_size", self.batch_size, 1)
-        checks.whole("eval_batch_size", self.eval_batch_size, 1)
-        checks.whole("seed", self.seed, 0)
-        checks.whole("num_workers", self.num_workers, 0)
+        self.batch_size = checks.whole("batch_size", self.batch_size, 1)
+        self.eval_batch_size = checks.whole("eval_batch_size", self.eval_batch_size, 1)
+        self.seed = checks.whole("seed", self.seed, 0)
+        self.num_workers = checks.whole("num_workers", self.num_workers, 0)
         self.start_step = 0
         self.total_steps = 10**9
         self._ready = False
@@ -155,8 +155,8 @@ class DataModule(LightningDataModule):
             ZooError: ``start_step`` lies outside, or the processes cannot share a batch evenly.
         """
         self.setup()
-        checks.whole("total_steps", self.total_steps, 1)
-        checks.whole("start_step", self.start_step, 0, self.total_steps)
+        self.total_steps = checks.whole("total_steps", self.total_steps, 1)
+        self.start_step = checks.whole("start_step", self.start_step, 0, self.total_steps)
         order = self.order()
         trainer = self.trainer
         if trainer is not None and trainer.world_size > 1:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import DataModule, content_hash
 from zoo.datasets.batches import Source
 from zoo.datasets.order import Epochs, Order, Stream, generator
@@ -94,10 +94,9 @@ class GeneratedData(DataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.train_size is not None:
-            checks.whole("train_size", self.train_size, 1)
-        checks.whole("val_size", self.val_size, 1)
-        checks.whole("test_size", self.test_size, 1)
+        self.train_size = checks.optional(checks.whole)("train_size", self.train_size, 1)
+        self.val_size = checks.whole("val_size", self.val_size, 1)
+        self.test_size = checks.whole("test_size", self.test_size, 1)
         self._tables: dict[str, Table] = {}
 
     def draw(self, rows: int, source: torch.Generator) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from zoo import checks
 from zoo.errors import ZooError, unknown
 from zoo.host.spec import canonical, split
 from zoo.leaderboard import tracks
@@ -218,9 +219,7 @@ def _asked(words: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ZooError(f"seeds={text}: it must be one whole number of at least 1")
-    return int(text)
+    return checks.whole("seeds", int(text) if text.isdecimal() else text)
 
 
 def _shown(asked: dict[str, tuple[str, ...]]) -> str:

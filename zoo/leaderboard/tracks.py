@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import zoo
-from zoo import datasets, models
+from zoo import checks, datasets, models
 from zoo.datasets import DataModule
 from zoo.errors import ZooError, unknown
 from zoo.host.spec import canonical
@@ -93,8 +93,7 @@ def tracks() -> tuple[Track, ...]:
             raise ZooError(f"track {name!r} in {FILE}: {error}") from None
         for spec in track.fixed:
             canonical(spec)
-        if not track.size >= 1:
-            raise ZooError(f"track {name!r} in {FILE}: size={track.size} must be at least 1")
+        checks.number(f"track {name!r} in {FILE}: size", track.size, 1)
         found.append(track)
     return tuple(found)
 

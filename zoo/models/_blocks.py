@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.cache import LayerCache
-from zoo.errors import ZooError
 
 
 class ShortConv(nn.Module):
@@ -34,9 +34,7 @@ class ShortConv(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if kernel < 2:
-            raise ZooError(f"conv={kernel!r} must be 0 (none) or at least 2 taps")
-        self.kernel = kernel
+        self.kernel = kernel = checks.whole("conv", kernel, 2, also="or 0 for none")
         self.conv = nn.Conv1d(dim, dim, kernel, groups=dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:

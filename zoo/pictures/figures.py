@@ -18,6 +18,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import ZooError
 
 SAMPLES = 4
@@ -274,8 +275,7 @@ def module_figure(spec: str, *, channels: int = 64, seed: int = 0) -> Figure:
     from zoo.host.factory import create
     from zoo.host.spec import parse
 
-    if channels < 1:
-        raise ZooError(f"dim={channels!r} must be at least 1")
+    checks.whole("dim", channels)
     kind = parse(spec)[0].entry.kind
     image = photograph()
     features = lifted(image, channels, seed)

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import ZooError
 from zoo.host.attention import Attention
 from zoo.host.collect import capture
@@ -58,8 +59,7 @@ def host_maps(
     Raises:
         ZooError: The host cannot be built or forms no weights.
     """
-    if length < 1:
-        raise ZooError(f"length={length!r} must be at least 1")
+    checks.whole("length", length)
     kind = parse(spec)[0].entry.kind
     if kind not in SOCKETS:
         raise ZooError(f"{spec!r} is a {kind}, a whole module that forms no attention weights")

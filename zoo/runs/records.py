@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_type_hints
 
 from zoo.errors import ZooError, unknown
 from zoo.report.files import replace_text
-from zoo.runs import fields
+from zoo.runs import record_fields as fields
 
 SCHEMA = 1
 
@@ -100,13 +100,14 @@ class Record:
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))
+            object.__setattr__(self, name, check(f"record field {name}", getattr(self, name)))
         if self.status == "finished":
             if self.error is not None:
-                raise fields.wrong("error", self.error, "null, as it must be for a finished run")
-            fields.require("metrics", self.metrics, (self.metric["select"], self.metric["report"]))
+                raise fields.wrong("record field error", self.error, "None for a finished run")
+            figures = self.metric["select"], self.metric["report"]
+            fields.require("record field metrics", self.metrics, figures)
         elif self.status == "failed" and self.error is None:
-            raise fields.wrong("error", self.error, "the reason why the run failed")
+            raise fields.wrong("record field error", self.error, "the reason why the run failed")
 
     def to_json(self) -> str:
         """Return the record as JSON text, the same text for equal records."""
@@ -128,7 +129,7 @@ class Record:
             if not isinstance(loaded, dict):
                 raise ZooError(f"not a record but a JSON {type(loaded).__name__}")
             if "schema" in loaded:  # another version explains every other difference
-                fields.one_of(SCHEMA)("schema", loaded["schema"])
+                fields.one_of(SCHEMA)("record field schema", loaded["schema"])
             if missing := sorted(set(_CHECKS) - set(loaded)):
                 raise ZooError(f"a record without {', '.join(map(repr, missing))}")
             if extra := sorted(set(loaded) - set(_CHECKS)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 import types
 import typing
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from zoo import datasets, models
+from zoo import checks, datasets, models
 from zoo.errors import ZooError, unknown
 from zoo.tasks import Optim
 from zoo.tasks import find as find_task
@@ -184,9 +183,9 @@ def check(config: DictConfig, tests: list[str], task: str) -> None:
     """
     for key in ("name", "track"):
         if not _NAME.fullmatch(config[key]):
-            raise ZooError(f"{key}={config[key]!r} must be snake_case, such as 'selective_copy'")
+            raise checks.wrong(key, config[key], "snake_case, such as 'selective_copy'")
     if config.seed >= 2**32:
-        raise ZooError(f"seed={config.seed} must be below 2**32")
+        raise checks.wrong("seed", config.seed, "below 2**32")
     if config.task != task:
         raise ZooError(
             f"task={config.task!r} does not fit the data set {config.data.name!r}, "
@@ -194,13 +193,10 @@ def check(config: DictConfig, tests: list[str], task: str) -> None:
         )
     trainer = config.trainer
     for key in ("max_steps", "eval_every", "checkpoint_every", "devices"):
-        if trainer[key] is not None and trainer[key] < 1:
-            raise ZooError(f"trainer.{key}={trainer[key]} must be at least 1")
-    if trainer.max_minutes is not None and not 0 < trainer.max_minutes < math.inf:
-        raise ZooError(f"trainer.max_minutes={trainer.max_minutes} must be greater than 0")
+        checks.optional(checks.whole)(f"trainer.{key}", trainer[key])
+    checks.optional(checks.number)("trainer.max_minutes", trainer.max_minutes, above=0)
     for key, allowed in (("accelerator", ACCELERATORS), ("precision", PRECISIONS)):
-        if trainer[key] not in allowed:
-            raise unknown(f"trainer.{key}", trainer[key], allowed)
+        checks.choice(f"trainer.{key}", trainer[key], allowed)
     _check_strategy(trainer.strategy)
     if (batch := config.data.batch_size) % trainer.devices:
         raise ZooError(
@@ -208,13 +204,10 @@ def check(config: DictConfig, tests: list[str], task: str) -> None:
             f"allowed: multiples of {trainer.devices}"
         )
     _check_metrics(config.metrics, metric_names(task, tests))
-    if config.budget.seeds < 1:
-        raise ZooError(f"budget.seeds={config.budget.seeds} must be at least 1")
+    checks.whole("budget.seeds", config.budget.seeds)
     if config.budget.needs not in ("", "gpu"):
         raise unknown("budget.needs", config.budget.needs, ("gpu",))
-    for rate in config.budget.lrs:
-        if not 0 < rate < math.inf:
-            raise ZooError(f"budget.lrs has {rate}; every learning rate must be greater than 0")
+    checks.each(checks.number, distinct=False)("budget.lrs", config.budget.lrs, above=0)
 
 
 def _check_strategy(name: str) -> None:

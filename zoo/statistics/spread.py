@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from scipy import stats
 
-from zoo.errors import ZooError
+from zoo import checks
 from zoo.host.spec import DEFAULTS
 from zoo.runs.records import Record, sort_key
 
@@ -155,8 +155,7 @@ def paired(
     Raises:
         ZooError: The level is no coverage.
     """
-    if not 0 < level < 1:
-        raise ZooError(f"level is {level!r}; it must lie between 0 and 1")
+    checks.number("level", level, above=0, below=1)
     found = spread(ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs)))
     if found is None:
         return None

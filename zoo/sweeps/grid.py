@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 
+from zoo import checks
 from zoo.errors import ZooError
 from zoo.host.spec import split
 
@@ -59,9 +60,6 @@ def cells(grid: Mapping[str, Iterable[str]]) -> list[list[str]]:
 
 
 def _seeds(text: str) -> tuple[str, ...]:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise ZooError(
-            f"seeds={text} of the grid must be a number of seeds of at least 1; "
-            "write seed=4,7 to name them"
-        )
-    return tuple(map(str, range(int(text))))
+    given = int(text) if text.strip().isdecimal() else text
+    number = checks.whole("seeds", given, also="or write seed=4,7 to name them")
+    return tuple(map(str, range(number)))

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from zoo import checks
 from zoo.errors import ZooError
 from zoo.runs.records import RecordWarning, read
 from zoo.sweeps.grid import cells, parse_grid
@@ -165,10 +166,8 @@ def sweep_cells(
         ZooError: `jobs` or `minutes` is not positive, two cells are the same run, or no cell can be
             identified.
     """
-    if jobs < 1:
-        raise ZooError(f"jobs is {jobs!r}; it must be at least 1")
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise ZooError(f"minutes is {minutes!r}; it must be greater than 0")
+    checks.whole("jobs", jobs)
+    checks.optional(checks.number)("minutes", minutes, above=0)
     ours = Nursery() if spawner is None else spawner
     work = _Sweep(ours, jobs, Path(records), Path(runs), identify, follow, minutes)
     try:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import ZooError
 from zoo.metrics.restoration import EPSILON, check_pair
 
@@ -71,13 +72,12 @@ class Perceptual(nn.Module):
         super().__init__()
         rising = list(layers) == sorted(set(layers)) and bool(layers)
         if not rising or layers[0] < 1 or layers[-1] > len(features):
-            raise ZooError(
-                f"layers={layers!r} must rise from at least 1 to at most {len(features)}, the "
-                "modules of the network"
-            )
-        if len(weights) != len(layers):
-            raise ZooError(f"weights={weights!r} must be {len(layers)} numbers, one for each layer")
-        self.weights = tuple(weights)
+            order = f"numbers that rise from at least 1 to at most {len(features)}, the modules"
+            raise checks.wrong("layers", layers, order)
+        found = checks.each(checks.number, distinct=False)("weights", weights)
+        if len(found) != len(layers):
+            raise checks.wrong("weights", weights, f"{len(layers)} numbers, one for each layer")
+        self.weights = tuple(found)
         starts = (0, *layers[:-1])
         parts = (features[a:b] for a, b in zip(starts, layers, strict=True))
         self.parts = nn.ModuleList(parts)

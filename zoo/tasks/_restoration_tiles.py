@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.errors import ZooError
+from zoo import checks
 
 
 def places(length: int, tile: int) -> list[int]:
@@ -39,8 +39,7 @@ def in_tiles(
     Raises:
         ZooError: A tile without pixels.
     """
-    if min(tile) < 1:
-        raise ZooError(f"tile={tile!r} must be two whole numbers of at least 1")
+    checks.wholes("tile", tile, 2)
     height, width = image.shape[2:]
     room = (0, max(0, tile[1] - width), 0, max(0, tile[0] - height))
     full = F.pad(image, room, mode="replicate")

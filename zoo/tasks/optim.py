@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from zoo import checks
 from zoo.errors import ZooError, unknown
 from zoo.parts import Position
 
@@ -40,21 +41,18 @@ class Optim:
     clip: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ZooError(f"optim.lr={self.lr!r} must be greater than 0")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ZooError(f"optim.weight_decay={self.weight_decay!r} must be at least 0")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ZooError(f"optim.betas={list(self.betas)!r} must be two numbers in [0, 1)")
-        if not self.warmup >= 0 or (self.warmup >= 1 and self.warmup % 1):
-            raise ZooError(
-                f"optim.warmup={self.warmup!r} must be a whole number of steps, or a fraction "
-                "below 1 of all steps"
-            )
-        if self.schedule not in SCHEDULES:
-            raise unknown("optim.schedule", self.schedule, SCHEDULES)
-        if self.clip is not None and not self.clip > 0:
-            raise ZooError(f"optim.clip={self.clip!r} must be greater than 0, or null for none")
+        self.lr = checks.number("optim.lr", self.lr, above=0)
+        self.weight_decay = checks.number("optim.weight_decay", self.weight_decay, 0)
+        betas = checks.each(checks.number, distinct=False)("optim.betas", self.betas, 0, below=1)
+        if len(betas) != 2:
+            raise checks.wrong("optim.betas", betas, "two numbers in [0, 1)")
+        self.warmup = checks.number("optim.warmup", self.warmup, 0)
+        if self.warmup >= 1 and self.warmup % 1:
+            steps = "a whole number of steps, or a fraction below 1 of all steps"
+            raise checks.wrong("optim.warmup", self.warmup, steps)
+        checks.choice("optim.schedule", self.schedule, SCHEDULES)
+        no_clipping = checks.optional(checks.number, "for no clipping")
+        self.clip = no_clipping("optim.clip", self.clip, above=0)
 
     def warmup_steps(self, total: int) -> int:
         """Number of warm-up steps.

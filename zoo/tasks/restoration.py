@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from zoo.datasets import checks
-from zoo.errors import ZooError, unknown
+from zoo import checks
 from zoo.metrics.restoration import (
     EPSILON,
     GAIN,
@@ -129,18 +128,12 @@ class Restoration(Task):
         white: str = "D65",
     ) -> None:
         checks.flag("perceptual", perceptual)
-        if tile is not None:
-            if len(tile) != 2:
-                raise ZooError(f"tile={tile!r} must be two numbers, height and width")
-            for side in tile:
-                checks.whole("tile", side, 1)
-        if compare_at is not None:
-            checks.whole("compare_at", compare_at, 8)
-        if white not in MATRICES:
-            raise unknown("white", white, MATRICES)
-        self.white, self.compare_at = white, compare_at  # what the figures are made with
+        sides = checks.optional(checks.wholes)("tile", tile, 2)
+        # What the figures are made with.
+        self.white = checks.choice("white", white, MATRICES)
+        self.compare_at = checks.optional(checks.whole)("compare_at", compare_at, 8)
         super().__init__(model, optim, max_steps=max_steps, test_names=test_names)
-        self.tile = None if tile is None else (int(tile[0]), int(tile[1]))
+        self.tile = None if sides is None else (sides[0], sides[1])
         # In a list it is no part of the task, and checkpoints do not hold it.
         self._perceptual = [Perceptual(vgg19_features())] if perceptual else []
 

@@ -131,18 +131,18 @@ def test_a_window_longer_than_a_split_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 0}, "seq_len must be a whole number >= 1; got 0"),
-        ({"max_bytes": 0}, "max_bytes must be a whole number >= 1"),
+        ({"seq_len": 0}, "seq_len=0 must be a whole number of at least 1"),
+        ({"max_bytes": 0}, "max_bytes=0 must be a whole number of at least 1"),
         ({"max_bytes": 1000}, r"max_bytes 1000 leaves no window of seq_len 128 .*at least 2580"),
         (
             {"max_bytes": 4000, "test_lengths": [64, 256]},
             r"max_bytes 4000 leaves no window of test_lengths 256 for test; allowed: at least 5140",
         ),
-        ({"test_lengths": [0]}, "test_lengths must be a whole number >= 1; got 0"),
-        ({"test_lengths": 64}, "test_lengths must be a list; got 64"),
-        ({"test_lengths": [64, 64]}, "test_lengths names a value twice"),
-        ({"val_windows": 0}, "val_windows must be a whole number >= 1"),
-        ({"test_windows": -1}, "test_windows must be a whole number >= 1"),
+        ({"test_lengths": [0]}, r"test_lengths\[0\]=0 must be a whole number of at least 1"),
+        ({"test_lengths": 64}, "test_lengths=64 must be a list"),
+        ({"test_lengths": [64, 64]}, r"test_lengths=\[64, 64\] must be a list of different values"),
+        ({"val_windows": 0}, "val_windows=0 must be a whole number of at least 1"),
+        ({"test_windows": -1}, "test_windows=-1 must be a whole number of at least 1"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

@@ -152,7 +152,7 @@ def test_an_unreadable_file_is_named(folder: Path, monkeypatch):
 @pytest.mark.parametrize("option", ["val_fraction", "test_fraction"])
 @pytest.mark.parametrize("value", [0, 0.5, -0.1, "0.1"])
 def test_impossible_fractions_are_refused(folder: Path, option, value):
-    with pytest.raises(ZooError, match=rf"{option} must be a number from 0.001 to 0.4"):
+    with pytest.raises(ZooError, match=rf"{option}={value!r} must be a number in \[0.001, 0.4\]"):
         datasets.create("text_files", paths=str(folder), **{option: value})
 
 

@@ -51,10 +51,10 @@ def test_other_lengths_become_test_sets_with_as_many_ones(whole):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_ones": 1}, "max_ones must be a whole number >= 2; got 1"),
-        ({"seq_len": 8}, "seq_len must be a whole number >= 9; got 8"),
-        ({"test_lengths": [64, 8]}, "test_lengths must be a whole number >= 9; got 8"),
-        ({"test_lengths": [64, 64]}, "test_lengths names a value twice"),
+        ({"max_ones": 1}, "max_ones=1 must be a whole number of at least 2"),
+        ({"seq_len": 8}, "seq_len=8 must be a whole number of at least 9"),
+        ({"test_lengths": [64, 8]}, r"test_lengths\[1\]=8 must be a whole number of at least 9"),
+        ({"test_lengths": [64, 64]}, r"test_lengths=\[64, 64\] must be a list of different values"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

@@ -95,9 +95,9 @@ def test_one_signed_head_learns_it_and_one_softmax_head_does_not():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 1}, "seq_len must be a whole number >= 2; got 1"),
-        ({"types": 1}, "types must be a whole number >= 2; got 1"),
-        ({"items": 3}, "items must be a whole number >= 4; got 3"),
+        ({"seq_len": 1}, "seq_len=1 must be a whole number of at least 2"),
+        ({"types": 1}, "types=1 must be a whole number of at least 2"),
+        ({"items": 3}, "items=3 must be a whole number of at least 4"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

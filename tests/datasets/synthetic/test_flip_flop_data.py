@@ -67,11 +67,11 @@ def test_sparse_and_dense_sets_differ_in_their_ignores(whole):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 33}, r"seq_len must be even; got 33 \(nearest: 32, 34\)"),
-        ({"seq_len": 2}, "seq_len must be a whole number >= 4"),
-        ({"p_ignore": 1.1}, "p_ignore must be a number from 0 to 1; got 1.1"),
-        ({"p_sparse": -0.1}, "p_sparse must be a number from 0 to 1"),
-        ({"p_dense": "0.1"}, "p_dense must be a number from 0 to 1"),
+        ({"seq_len": 33}, r"seq_len=33 must be an even number.* \(nearest: 32, 34\)"),
+        ({"seq_len": 2}, "seq_len=2 must be an even number of at least 4"),
+        ({"p_ignore": 1.1}, r"p_ignore=1.1 must be a number in \[0, 1\]"),
+        ({"p_sparse": -0.1}, r"p_sparse=-0.1 must be a number in \[0, 1\]"),
+        ({"p_dense": "0.1"}, r"p_dense='0.1' must be a number in \[0, 1\]"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

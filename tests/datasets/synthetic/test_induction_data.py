@@ -47,11 +47,11 @@ def test_other_lengths_become_test_sets(whole):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vocab_size": 2}, "vocab_size must be a whole number >= 3; got 2"),
-        ({"seq_len": 2}, "seq_len must be a whole number >= 3; got 2"),
-        ({"test_lengths": [64, 2]}, "test_lengths must be a whole number >= 3; got 2"),
-        ({"test_lengths": 64}, "test_lengths must be a list; got 64"),
-        ({"test_lengths": [64, 64]}, "test_lengths names a value twice"),
+        ({"vocab_size": 2}, "vocab_size=2 must be a whole number of at least 3"),
+        ({"seq_len": 2}, "seq_len=2 must be a whole number of at least 3"),
+        ({"test_lengths": [64, 2]}, r"test_lengths\[1\]=2 must be a whole number of at least 3"),
+        ({"test_lengths": 64}, "test_lengths=64 must be a list"),
+        ({"test_lengths": [64, 64]}, r"test_lengths=\[64, 64\] must be a list of different values"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

@@ -80,11 +80,11 @@ def test_lengths_and_depths_become_test_sets(whole):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 8}, "seq_len must be a whole number >= 9; got 8"),
-        ({"test_lengths": [64, 2]}, "test_lengths must be a whole number >= 9; got 2"),
-        ({"test_lengths": [64, 64]}, "test_lengths names a value twice"),
-        ({"test_depths": [1.5]}, "test_depths must be a number from 0 to 1; got 1.5"),
-        ({"test_depths": 0.5}, "test_depths must be a list; got 0.5"),
+        ({"seq_len": 8}, "seq_len=8 must be a whole number of at least 9"),
+        ({"test_lengths": [64, 2]}, r"test_lengths\[1\]=2 must be a whole number of at least 9"),
+        ({"test_lengths": [64, 64]}, r"test_lengths=\[64, 64\] must be a list of different values"),
+        ({"test_depths": [1.5]}, r"test_depths\[0\]=1.5 must be a number in \[0, 1\]"),
+        ({"test_depths": 0.5}, "test_depths=0.5 must be a list"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

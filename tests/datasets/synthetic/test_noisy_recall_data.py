@@ -116,15 +116,15 @@ def test_noise_and_lengths_become_test_sets(whole):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vocab_size": 30}, r"vocab_size must be a multiple of 4; got 30 \(nearest: 28, 32\)"),
-        ({"vocab_size": 4}, "vocab_size must be a whole number >= 8; got 4"),
-        ({"seq_len": 33}, r"seq_len must be even; got 33 \(nearest: 32, 34\)"),
-        ({"seq_len": 2}, "seq_len must be a whole number >= 4; got 2"),
-        ({"noise": 1.5}, "noise must be a number from 0 to 1; got 1.5"),
-        ({"test_noise": 0.5}, "test_noise must be a list; got 0.5"),
-        ({"test_noise": [0.5, -1]}, "test_noise must be a number from 0 to 1; got -1"),
-        ({"test_lengths": [65]}, r"test_lengths must be even; got 65 \(nearest: 64, 66\)"),
-        ({"test_lengths": [64, 64]}, "test_lengths names a value twice"),
+        ({"vocab_size": 30}, r"vocab_size=30 must be a multiple of 4.* \(nearest: 28, 32\)"),
+        ({"vocab_size": 4}, "vocab_size=4 must be a multiple of 4 of at least 8"),
+        ({"seq_len": 33}, r"seq_len=33 must be an even number.* \(nearest: 32, 34\)"),
+        ({"seq_len": 2}, "seq_len=2 must be an even number of at least 4"),
+        ({"noise": 1.5}, r"noise=1.5 must be a number in \[0, 1\]"),
+        ({"test_noise": 0.5}, "test_noise=0.5 must be a list"),
+        ({"test_noise": [0.5, -1]}, r"test_noise\[1\]=-1 must be a number in \[0, 1\]"),
+        ({"test_lengths": [65]}, r"test_lengths\[0\]=65 must be an even .* \(nearest: 64, 66\)"),
+        ({"test_lengths": [64, 64]}, r"test_lengths=\[64, 64\] must be a list of different values"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

@@ -94,11 +94,11 @@ def test_longer_test_sets_ask_where_training_never_went(whole):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 7}, "seq_len must be a whole number >= 8; got 7"),
-        ({"seq_len": 40.0}, "seq_len must be a whole number"),
-        ({"test_lengths": 64}, "test_lengths must be a list; got 64"),
-        ({"test_lengths": [64, 64]}, "test_lengths names a value twice"),
-        ({"test_lengths": [40]}, "test_lengths must be a whole number >= 41; got 40"),
+        ({"seq_len": 7}, "seq_len=7 must be a whole number of at least 8"),
+        ({"seq_len": 40.0}, "seq_len=40.0 must be a whole number"),
+        ({"test_lengths": 64}, "test_lengths=64 must be a list"),
+        ({"test_lengths": [64, 64]}, r"test_lengths=\[64, 64\] must be a list of different values"),
+        ({"test_lengths": [40]}, r"test_lengths\[0\]=40 must be a whole number of at least 41"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

@@ -61,11 +61,11 @@ def test_dense_and_sparse_sets_have_their_blanks(whole):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vocab_size": 3}, "vocab_size must be a whole number >= 4; got 3"),
-        ({"copies": 0}, "copies must be a whole number >= 1"),
-        ({"copies": 32}, r"seq_len must be at least 2 \* copies \+ 1 = 65; got 64"),
-        ({"dense_blanks": -1}, "dense_blanks must be a whole number >= 0"),
-        ({"sparse_blanks": 2.5}, "sparse_blanks must be a whole number >= 0"),
+        ({"vocab_size": 3}, "vocab_size=3 must be a whole number of at least 4"),
+        ({"copies": 0}, "copies=0 must be a whole number of at least 1"),
+        ({"copies": 32}, r"seq_len=64 must be at least 2 \* copies \+ 1 = 65"),
+        ({"dense_blanks": -1}, "dense_blanks=-1 must be a whole number of at least 0"),
+        ({"sparse_blanks": 2.5}, "sparse_blanks=2.5 must be a whole number of at least 0"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

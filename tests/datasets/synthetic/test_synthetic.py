@@ -151,7 +151,7 @@ def test_a_new_version_gives_another_fingerprint_and_other_examples(task, small,
 @pytest.mark.parametrize("option", ["train_size", "val_size", "test_size"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "9"])
 def test_impossible_sizes_are_refused(task, small, option, value):
-    with pytest.raises(ZooError, match=f"{option} must be a whole number >= 1"):
+    with pytest.raises(ZooError, match=f"^{option}={value!r} must be a whole number of at least 1"):
         small(task, **{option: value})
 
 

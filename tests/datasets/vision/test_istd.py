@@ -267,13 +267,13 @@ def test_colours_and_palettes_are_read_alike(tmp_path):
     [
         ({"targets": "fixed"}, "unknown targets 'fixed'"),
         ({"white": "D60"}, "unknown white 'D60'"),
-        ({"height": 4}, "height must be a whole number >= 8"),
-        ({"mask_error": -1}, "mask_error must be"),
-        ({"augment": 1}, "augment must be True or False"),
-        ({"tiles": "no"}, "tiles must be True or False"),
-        ({"val_share": 1.0}, "val_share must be a number from 0 to 0.9"),
-        ({"limit": 1}, "limit must be a whole number >= 2"),
-        ({"compare_at": 0}, "compare_at must be"),
+        ({"height": 4}, "height=4 must be a whole number of at least 8"),
+        ({"mask_error": -1}, "mask_error=-1 must be a whole number of at least 0"),
+        ({"augment": 1}, "augment=1 must be True or False"),
+        ({"tiles": "no"}, "tiles='no' must be True or False"),
+        ({"val_share": 1.0}, r"val_share=1.0 must be a number in \[0, 0.9\]"),
+        ({"limit": 1}, "limit=1 must be a whole number of at least 2"),
+        ({"compare_at": 0}, "compare_at=0 must be a whole number of at least 8, or None"),
     ],
 )
 def test_impossible_options_are_refused(tmp_path, options, message):

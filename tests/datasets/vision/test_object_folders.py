@@ -275,12 +275,12 @@ def test_the_split_is_fixed_and_the_fingerprint_notices_pixels_and_masks(clevr, 
     ("options", "message"),
     [
         ({"layout": "video"}, "unknown layout 'video'; did you mean 'videos'"),
-        ({"max_objects": 0}, "max_objects must be a whole number from 1 to 255"),
-        ({"frames": 0}, "frames must be"),
-        ({"height": 0}, "height must be"),
-        ({"val_share": 1.2}, "val_share must be a number from 0 to 1"),
+        ({"max_objects": 0}, "max_objects=0 must be a whole number from 1 to 255"),
+        ({"frames": 0}, "frames=0 must be a whole number of at least 1"),
+        ({"height": 0}, "height=0 must be a whole number of at least 1"),
+        ({"val_share": 1.2}, r"val_share=1.2 must be a number in \[0, 1\]"),
         ({"val_share": 0.5, "test_share": 0.5}, "leave nothing to train on"),
-        ({"limit": 2}, "limit must be a whole number >= 3"),
+        ({"limit": 2}, "limit=2 must be a whole number of at least 3"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

@@ -359,22 +359,22 @@ def test_fingerprints_notice_options_and_not_the_seed(build):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"height": 3}, "height must be a whole number >= 4; got 3"),
-        ({"width": 1.5}, "width must be"),
-        ({"max_objects": 0}, "max_objects must be a whole number >= 1"),
-        ({"min_objects": 5}, "min_objects must be a whole number from 1 to 4; got 5"),
-        ({"min_visible": 0}, "min_visible must be"),
+        ({"height": 3}, "height=3 must be a whole number of at least 4"),
+        ({"width": 1.5}, "width=1.5 must be a whole number of at least 4"),
+        ({"max_objects": 0}, "max_objects=0 must be a whole number of at least 1"),
+        ({"min_objects": 5}, "min_objects=5 must be a whole number from 1 to 4"),
+        ({"min_visible": 0}, "min_visible=0 must be a whole number of at least 1"),
         ({"min_visible": 65}, r"sizes holds 0.25, a box of 8.0x8.0 pixels, .*min_visible=65"),
-        ({"max_overlap": 1.5}, "max_overlap must be a number from 0 to 1; got 1.5"),
-        ({"smooth": 1}, "smooth must be True or False"),
+        ({"max_overlap": 1.5}, r"max_overlap=1.5 must be a number in \[0, 1\]"),
+        ({"smooth": 1}, "smooth=1 must be True or False"),
         ({"background": "gray"}, "unknown background 'gray'; did you mean 'grey'"),
-        ({"shapes": []}, "shapes must name at least one of square"),
-        ({"shapes": "square"}, "shapes must be a list"),
+        ({"shapes": []}, r"shapes=\[\] must be at least one of square"),
+        ({"shapes": "square"}, "shapes='square' must be a list"),
         ({"shapes": ["disc"]}, "unknown name in shapes 'disc'"),
-        ({"colours": ["red", "red"]}, "colours names a value twice"),
+        ({"colours": ["red", "red"]}, r"colours=.*'red'. must be a list of different values"),
         ({"colours": ["rad"]}, "did you mean 'red'"),
-        ({"sizes": []}, "sizes must hold at least one"),
-        ({"sizes": [0.5, 1.5]}, "sizes must be a number from 0 to 1; got 1.5"),
+        ({"sizes": []}, r"sizes=\[\] must be a list of at least one"),
+        ({"sizes": [0.5, 1.5]}, r"sizes\[1\]=1.5 must be a number in \[0, 1\]"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
@@ -385,10 +385,10 @@ def test_impossible_options_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frames": 1}, "frames must be a whole number >= 2; got 1"),
-        ({"speed": -0.1}, "speed must be a number from 0 to 1"),
-        ({"enter": 2}, "enter must be"),
-        ({"leave": "no"}, "leave must be"),
+        ({"frames": 1}, "frames=1 must be a whole number of at least 2"),
+        ({"speed": -0.1}, r"speed=-0.1 must be a number in \[0, 1\]"),
+        ({"enter": 2}, r"enter=2 must be a number in \[0, 1\]"),
+        ({"leave": "no"}, r"leave='no' must be a number in \[0, 1\]"),
     ],
 )
 def test_impossible_options_of_videos_are_refused(options, message):
@@ -398,7 +398,7 @@ def test_impossible_options_of_videos_are_refused(options, message):
 
 def test_impossible_point_sets_are_refused():
     for option in ("points", "coordinates"):
-        with pytest.raises(ZooError, match=f"{option} must be a whole number >= 1"):
+        with pytest.raises(ZooError, match=f"{option}=0 must be a whole number of at least 1"):
             datasets.create("point_sets", **{option: 0})
 
 

@@ -217,15 +217,15 @@ def test_fingerprints_notice_options_and_not_the_seed(build):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"height": 7}, "height must be a whole number from 8 to 427; got 7"),
-        ({"width": 121}, "width must be a whole number from 8 to 120; got 121"),
-        ({"area": [0.5, 0.1]}, r"area must be two numbers, the first not above; got \[0.5, 0.1\]"),
-        ({"area": [0.5]}, "area must be two numbers"),
-        ({"area": 0.5}, "area must be a list"),
-        ({"attenuation": [0.5, 1.5]}, "attenuation must be a number from 0 to 1; got 1.5"),
-        ({"penumbra": -1}, "penumbra must be a number from 0 to 10"),
-        ({"noise": math.nan}, "noise must be a number"),
-        ({"mask_error": 1.5}, "mask_error must be a whole number"),
+        ({"height": 7}, "height=7 must be a whole number from 8 to 427"),
+        ({"width": 121}, "width=121 must be a whole number from 8 to 120"),
+        ({"area": [0.5, 0.1]}, r"area=\[0.5, 0.1\] must be two numbers, the first not above"),
+        ({"area": [0.5]}, r"area=\[0\.5\] must be two numbers"),
+        ({"area": 0.5}, "area=0.5 must be a list"),
+        ({"attenuation": [0.5, 1.5]}, r"attenuation\[1\]=1.5 must be a number in \[0, 1\]"),
+        ({"penumbra": -1}, r"penumbra=-1 must be a number in \[0, 10\]"),
+        ({"noise": math.nan}, "noise=nan must be a number"),
+        ({"mask_error": 1.5}, "mask_error=1.5 must be a whole number"),
     ],
 )
 def test_impossible_options_are_refused(build, options, message):

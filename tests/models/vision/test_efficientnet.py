@@ -116,11 +116,11 @@ def test_by_name() -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "stages": ({"stages": 8}, "stages=8 must be at most 7"),
+    "stages": ({"stages": 8}, "stages=8 must be a whole number from 1 to 7"),
     "no stage": ({"stages": 0}, "stages=0"),
-    "width": ({"width": 0}, r"width=0 must lie in \(0, 10\]"),
+    "width": ({"width": 0}, r"width=0 must be a number in \(0, 10\]"),
     "depth": ({"depth": -1}, "depth=-1"),
-    "ratio": ({"ratio": 2}, r"ratio=2 must lie in \(0, 1\]"),
+    "ratio": ({"ratio": 2}, r"ratio=2 must be a number in \(0, 1\]"),
     "stem": ({"stem": "tiny"}, "unknown stem 'tiny'"),
     "activation": ({"activation": "rleu"}, "unknown activation 'rleu'; did you mean 'relu"),
     "rate": ({"dropout": 1.0}, "dropout=1.0"),

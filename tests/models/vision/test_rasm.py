@@ -286,7 +286,7 @@ def test_tiles_of_the_network():
         ({"attention": "regional(kernel=4)"}, "kernel=4 must be odd"),
         ({"attention": 3}, "attention=3"),
         ({"image_shape": (1, 16, 16)}, "image_shape"),
-        ({"image_shape": (3, 4, 16)}, "image_shape: side=4"),
+        ({"image_shape": (3, 4, 16)}, "image_shape: height=4 must be"),
     ],
 )
 def test_bad_options(options, words):

@@ -293,8 +293,8 @@ BAD_VITS: dict[str, tuple[dict[str, Any], str]] = {
     "registers": ({"registers": -1}, "registers=-1 must be a whole number of at least 0"),
     "shape": ({"image_shape": (8, 8)}, r"image_shape=\(8, 8\) must be \(channels"),
     "height": ({"image_shape": (1, 0, 8)}, "image_shape: height=0"),
-    "mlp": ({"mlp_ratio": 0.0}, "mlp_ratio=0.0 must be above 0"),
-    "dropout": ({"dropout": 1.0}, r"dropout=1.0 must lie in \[0, 1\)"),
+    "mlp": ({"mlp_ratio": 0.0}, "mlp_ratio=0.0 must be a number above 0"),
+    "dropout": ({"dropout": 1.0}, r"dropout=1.0 must be a number in \[0, 1\)"),
     "positions": ({"pos": "learn"}, "unknown pos 'learn'; did you mean 'learned'"),
     "pool": ({"pool": "mean"}, "unknown pool 'mean'"),
     "token": ({"pool": "token"}, "pool='token' needs class_token=True"),
@@ -325,12 +325,12 @@ BAD_RESNETS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"attention": "sse"}, "unknown feature mechanism 'sse'; did you mean"),
     "variant": ({"variant": "resnet12"}, "unknown variant of a ResNet 'resnet12'; did you mean"),
     "attentive variant": ({"variant": "seresnet18"}, "unknown variant of a ResNet"),
-    "width": ({"width": 7}, "width=7 must be even"),
-    "no blocks": ({"blocks": (1, 1, 1)}, r"blocks=\(1, 1, 1\) must be four numbers"),
-    "empty stage": ({"blocks": (1, 1, 1, 0)}, "blocks: number=0"),
+    "width": ({"width": 7}, r"width=7 must be an even number .*\(nearest: 6, 8\)"),
+    "no blocks": ({"blocks": (1, 1, 1)}, r"blocks=\(1, 1, 1\) must be 4 whole numbers"),
+    "empty stage": ({"blocks": (1, 1, 1, 0)}, r"blocks=\(1, 1, 1, 0\) must be 4 whole numbers"),
     "stem": ({"stem": "tiny"}, "unknown stem 'tiny'"),
     "shape": ({"image_shape": (1, 8)}, "image_shape"),
-    "drop path": ({"drop_path": -0.1}, r"drop_path=-0.1 must lie in \[0, 1\)"),
+    "drop path": ({"drop_path": -0.1}, r"drop_path=-0.1 must be a number in \[0, 1\)"),
 }
 
 

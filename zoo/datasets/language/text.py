@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import DataModule, content_hash
 from zoo.datasets.batches import Source
 from zoo.datasets.order import Draws, Order
@@ -112,12 +112,10 @@ class ByteText(DataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("seq_len", self.seq_len, 1)
-        self._lengths = checks.several("test_lengths", self.test_lengths)
-        for length in self._lengths:
-            checks.whole("test_lengths", length, 1)
+        self.seq_len = checks.whole("seq_len", self.seq_len, 1)
+        self._lengths = checks.each(checks.whole)("test_lengths", self.test_lengths, 1)
+        self.max_bytes = checks.optional(checks.whole)("max_bytes", self.max_bytes, 1)
         if self.max_bytes is not None:
-            checks.whole("max_bytes", self.max_bytes, 1)
             asked = {"seq_len": ("validation", self.seq_len)}
             if self._lengths:
                 asked["test_lengths"] = ("test", max(self._lengths))
@@ -129,8 +127,7 @@ class ByteText(DataModule):
                         f"{split}; allowed: at least {need}"
                     )
         for name in ("val_windows", "test_windows"):
-            if getattr(self, name) is not None:
-                checks.whole(name, getattr(self, name), 1)
+            setattr(self, name, checks.optional(checks.whole)(name, getattr(self, name), 1))
         self._windows: dict[str, Windows] = {}
         self._digest = ""
 

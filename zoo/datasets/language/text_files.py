@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.language.text import ByteText, join, limits, path_hash
 from zoo.datasets.registry import dataset
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 
 
 def find_files(paths: Sequence[str], pattern: str) -> list[Path]:
@@ -84,10 +84,9 @@ class TextFiles(ByteText):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.split not in ("auto", "file", "position"):
-            raise unknown("split", self.split, ("auto", "file", "position"))
+        checks.choice("split", self.split, ("auto", "file", "position"))
         for name in ("val_fraction", "test_fraction"):
-            checks.number(name, getattr(self, name), 0.001, 0.4)
+            setattr(self, name, checks.number(name, getattr(self, name), 0.001, 0.4))
         given = [self.paths] if isinstance(self.paths, str) else list(self.paths)
         if not given:
             raise ZooError("paths is empty; allowed: a file, folder or wildcard, or several")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import IGNORE
 from zoo.datasets.registry import dataset
 from zoo.datasets.synthetic.sequences import SyntheticData
@@ -80,11 +80,11 @@ class CountOnes(SyntheticData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("max_ones", self.max_ones, 2)
-        checks.whole("seq_len", self.seq_len, self.max_ones + 1)
-        self._lengths = checks.several("test_lengths", self.test_lengths)
-        for length in self._lengths:
-            checks.whole("test_lengths", length, self.max_ones + 1)
+        self.max_ones = checks.whole("max_ones", self.max_ones, 2)
+        self.seq_len = checks.whole("seq_len", self.seq_len, self.max_ones + 1)
+        self._lengths = checks.each(checks.whole)(
+            "test_lengths", self.test_lengths, self.max_ones + 1
+        )
 
     @property
     def vocab_size(self) -> int:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import IGNORE
 from zoo.datasets.registry import dataset
 from zoo.datasets.synthetic.sequences import SyntheticData
@@ -208,18 +208,19 @@ class Counting(SyntheticData):
     def __post_init__(self) -> None:
         super().__post_init__()
         # Shorter, and no variable can be set before it is asked for.
-        checks.whole("seq_len", self.seq_len, 6)
-        checks.whole("variables", self.variables, 1, 26)
-        checks.whole("max_value", self.max_value, 1)
-        checks.whole("min_statements", self.min_statements, 1)
-        checks.whole("max_statements", self.max_statements, self.min_statements)
-        for name in ("set_weight", "increment_weight", "pass_weight"):
-            checks.number(name, getattr(self, name), 0)
-        if self.set_weight == 0:
-            raise ZooError(f"set_weight must be greater than 0; got {self.set_weight!r}")
-        self._more = checks.several("test_statements", self.test_statements)
-        for statements in self._more:
-            checks.whole("test_statements", statements, self.max_statements + 1)
+        self.seq_len = checks.whole("seq_len", self.seq_len, 6)
+        self.variables = checks.whole("variables", self.variables, 1, 26)
+        self.max_value = checks.whole("max_value", self.max_value, 1)
+        self.min_statements = checks.whole("min_statements", self.min_statements, 1)
+        self.max_statements = checks.whole(
+            "max_statements", self.max_statements, self.min_statements
+        )
+        self.set_weight = checks.number("set_weight", self.set_weight, above=0)
+        for name in ("increment_weight", "pass_weight"):
+            setattr(self, name, checks.number(name, getattr(self, name), 0))
+        self._more = checks.each(checks.whole)(
+            "test_statements", self.test_statements, self.max_statements + 1
+        )
 
     @property
     def vocabulary(self) -> tuple[str, ...]:

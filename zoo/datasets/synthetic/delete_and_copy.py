@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.registry import dataset
 from zoo.datasets.synthetic.sequences import SyntheticData
 
@@ -110,10 +110,10 @@ class DeleteAndCopy(SyntheticData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("seq_len", self.seq_len, 2)
-        checks.whole("types", self.types, 2)
+        self.seq_len = checks.whole("seq_len", self.seq_len, 2)
+        self.types = checks.whole("types", self.types, 2)
         # Fewer, and one softmax head can.
-        checks.whole("items", self.items, 4)
+        self.items = checks.whole("items", self.items, 4)
 
     @property
     def vocab_size(self) -> int:

@@ -18,11 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import IGNORE
 from zoo.datasets.registry import dataset
 from zoo.datasets.synthetic.sequences import SyntheticData
-from zoo.errors import ZooError
 
 WRITE, READ, PASS = 2, 3, 4
 
@@ -89,14 +88,9 @@ class FlipFlop(SyntheticData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("seq_len", self.seq_len, 4)
-        if self.seq_len % 2:
-            raise ZooError(
-                f"seq_len must be even; got {self.seq_len} "
-                f"(nearest: {self.seq_len - 1}, {self.seq_len + 1})"
-            )
+        self.seq_len = checks.multiple("seq_len", self.seq_len, 2, 4)
         for name in ("p_ignore", "p_sparse", "p_dense"):
-            checks.number(name, getattr(self, name), 0, 1)
+            setattr(self, name, checks.number(name, getattr(self, name), 0, 1))
 
     def generate(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """Return the generator."""

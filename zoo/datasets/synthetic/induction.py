@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import IGNORE
 from zoo.datasets.registry import dataset
 from zoo.datasets.synthetic.sequences import SyntheticData
@@ -70,11 +70,9 @@ class Induction(SyntheticData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("vocab_size", self.vocab_size, 3)
-        checks.whole("seq_len", self.seq_len, 3)
-        self._lengths = checks.several("test_lengths", self.test_lengths)
-        for length in self._lengths:
-            checks.whole("test_lengths", length, 3)
+        self.vocab_size = checks.whole("vocab_size", self.vocab_size, 3)
+        self.seq_len = checks.whole("seq_len", self.seq_len, 3)
+        self._lengths = checks.each(checks.whole)("test_lengths", self.test_lengths, 3)
 
     def generate(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """Return the generator."""

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import IGNORE
 from zoo.datasets.registry import dataset
 from zoo.datasets.synthetic.sequences import SyntheticData, distinct
-from zoo.errors import ZooError
 
 
 def mqar(
@@ -100,35 +99,26 @@ class MQAR(SyntheticData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("vocab_size", self.vocab_size, 4)
-        checks.number("power_a", self.power_a, 0)
-        if self.power_a == 0:
-            raise ZooError(f"power_a must be greater than 0; got {self.power_a!r}")
-        checks.flag("random_non_queries", self.random_non_queries)
-        self._check_size(self.seq_len, self.pairs, "seq_len", "pairs")
-        self._sizes: list[tuple[int, int]] = []
-        for item in checks.several("test_sizes", self.test_sizes):
-            size = checks.several("test_sizes", item, distinct=False)
-            if len(size) != 2:
-                raise ZooError(f"test_sizes must hold pairs (seq_len, pairs); got {item!r}")
-            self._check_size(size[0], size[1], "seq_len in test_sizes", "pairs in test_sizes")
-            self._sizes.append((size[0], size[1]))
+        self.vocab_size = checks.whole("vocab_size", self.vocab_size, 4)
+        self.power_a = checks.number("power_a", self.power_a, above=0)
+        self.random_non_queries = checks.flag("random_non_queries", self.random_non_queries)
+        self.seq_len, self.pairs = self._size("", self.seq_len, self.pairs)
+        self._sizes = checks.each(self._pair)("test_sizes", self.test_sizes)
 
-    def _check_size(self, seq_len: int, pairs: int, length_name: str, pairs_name: str) -> None:
-        checks.whole(length_name, seq_len, 4)
-        if seq_len % 2:
-            raise ZooError(
-                f"{length_name} must be even; got {seq_len} (nearest: {seq_len - 1}, {seq_len + 1})"
-            )
-        checks.whole(pairs_name, pairs, 1)
-        if 4 * pairs > seq_len:
-            raise ZooError(
-                f"{pairs_name} must be at most {length_name} / 4 = {seq_len // 4}; got {pairs}"
-            )
-        if self.vocab_size <= seq_len:
-            raise ZooError(
-                f"vocab_size must be greater than {length_name} = {seq_len}; got {self.vocab_size}"
-            )
+    def _pair(self, name: str, value: object) -> tuple[int, int]:
+        items = checks.several(name, value, distinct=False)
+        if len(items) != 2:
+            raise checks.wrong(name, value, "a pair (seq_len, pairs)")
+        return self._size(f" in {name}", *items)
+
+    def _size(self, where: str, seq_len: object, pairs: object) -> tuple[int, int]:
+        length = checks.multiple(f"seq_len{where}", seq_len, 2, 4)
+        count = checks.whole(f"pairs{where}", pairs, 1)
+        if 4 * count > length:
+            raise checks.wrong(f"pairs{where}", count, f"at most seq_len / 4 = {length // 4}")
+        if self.vocab_size <= length:
+            raise checks.wrong("vocab_size", self.vocab_size, f"above seq_len{where}={length}")
+        return length, count
 
     def generate(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """Return the generator."""

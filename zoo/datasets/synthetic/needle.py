@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import IGNORE
 from zoo.datasets.registry import dataset
 from zoo.datasets.synthetic.sequences import SyntheticData
@@ -100,13 +100,9 @@ class Needle(SyntheticData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("seq_len", self.seq_len, SHORTEST)
-        self._lengths = checks.several("test_lengths", self.test_lengths)
-        for length in self._lengths:
-            checks.whole("test_lengths", length, SHORTEST)
-        self._depths = checks.several("test_depths", self.test_depths)
-        for depth in self._depths:
-            checks.number("test_depths", depth, 0, 1)
+        self.seq_len = checks.whole("seq_len", self.seq_len, SHORTEST)
+        self._lengths = checks.each(checks.whole)("test_lengths", self.test_lengths, SHORTEST)
+        self._depths = checks.each(checks.number)("test_depths", self.test_depths, 0, 1)
 
     def generate(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """Return the generator."""

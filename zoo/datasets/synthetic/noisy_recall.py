@@ -26,11 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import IGNORE
 from zoo.datasets.registry import dataset
 from zoo.datasets.synthetic.sequences import SyntheticData
-from zoo.errors import ZooError
 
 
 def noisy_recall(
@@ -100,27 +99,11 @@ class NoisyRecall(SyntheticData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("vocab_size", self.vocab_size, 8)
-        if self.vocab_size % 4:
-            low = self.vocab_size // 4 * 4
-            raise ZooError(
-                f"vocab_size must be a multiple of 4; got {self.vocab_size} "
-                f"(nearest: {low}, {low + 4})"
-            )
-        checks.number("noise", self.noise, 0, 1)
-        self._noises = checks.several("test_noise", self.test_noise)
-        for noise in self._noises:
-            checks.number("test_noise", noise, 0, 1)
-        self._lengths = checks.several("test_lengths", self.test_lengths)
-        for name, length in [
-            ("seq_len", self.seq_len),
-            *(("test_lengths", length) for length in self._lengths),
-        ]:
-            checks.whole(name, length, 4)
-            if length % 2:
-                raise ZooError(
-                    f"{name} must be even; got {length} (nearest: {length - 1}, {length + 1})"
-                )
+        self.vocab_size = checks.multiple("vocab_size", self.vocab_size, 4, 8)
+        self.noise = checks.number("noise", self.noise, 0, 1)
+        self._noises = checks.each(checks.number)("test_noise", self.test_noise, 0, 1)
+        self.seq_len = checks.multiple("seq_len", self.seq_len, 2, 4)
+        self._lengths = checks.each(checks.multiple)("test_lengths", self.test_lengths, 2, 4)
 
     def generate(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """Return the generator."""

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import IGNORE
 from zoo.datasets.order import generator as seeded
 from zoo.datasets.registry import dataset
@@ -104,10 +104,10 @@ class Parity(SyntheticData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("seq_len", self.seq_len, 8)
-        self._lengths = checks.several("test_lengths", self.test_lengths)
-        for length in self._lengths:
-            checks.whole("test_lengths", length, self.seq_len + 1)
+        self.seq_len = checks.whole("seq_len", self.seq_len, 8)
+        self._lengths = checks.each(checks.whole)(
+            "test_lengths", self.test_lengths, self.seq_len + 1
+        )
 
     def generate(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """Return the generator."""

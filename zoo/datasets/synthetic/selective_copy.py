@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import IGNORE
 from zoo.datasets.registry import dataset
 from zoo.datasets.synthetic.sequences import SyntheticData, distinct
-from zoo.errors import ZooError
 
 
 def selective_copy(
@@ -82,16 +81,14 @@ class SelectiveCopy(SyntheticData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("vocab_size", self.vocab_size, 4)
-        checks.whole("copies", self.copies, 1)
-        checks.whole("seq_len", self.seq_len, 3)
-        if self.seq_len < 2 * self.copies + 1:
-            raise ZooError(
-                f"seq_len must be at least 2 * copies + 1 = {2 * self.copies + 1}; "
-                f"got {self.seq_len}"
-            )
-        for name, blanks in self._blanks().items():
-            checks.whole(f"{name}_blanks", blanks, 0)
+        self.vocab_size = checks.whole("vocab_size", self.vocab_size, 4)
+        self.copies = checks.whole("copies", self.copies, 1)
+        self.seq_len = checks.whole("seq_len", self.seq_len, 3)
+        least = 2 * self.copies + 1
+        if self.seq_len < least:
+            raise checks.wrong("seq_len", self.seq_len, f"at least 2 * copies + 1 = {least}")
+        for name in ("dense_blanks", "sparse_blanks"):
+            setattr(self, name, checks.optional(checks.whole)(name, getattr(self, name), 0))
 
     def _blanks(self) -> dict[str, int]:
         given = {"dense": self.dense_blanks, "sparse": self.sparse_blanks}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.order import generator
 from zoo.datasets.registry import dataset
 from zoo.datasets.vision.images import ImageData, Split, permutation
@@ -75,8 +75,7 @@ class Digits(ImageData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.few_shot is not None:
-            checks.whole("few_shot", self.few_shot, 1, TRAIN)
+        self.few_shot = checks.optional(checks.whole)("few_shot", self.few_shot, 1, TRAIN)
 
     @property
     def test_names(self) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import DataModule, content_hash
 from zoo.datasets.batches import Source
 from zoo.datasets.order import Epochs, Order, generator
@@ -124,8 +124,7 @@ class ImageData(DataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.few_shot is not None:
-            checks.whole("few_shot", self.few_shot, 1)
+        self.few_shot = checks.optional(checks.whole)("few_shot", self.few_shot, 1)
         self._pictures: dict[str, Pictures] = {}
         self._digest = ""
 
@@ -167,10 +166,8 @@ class ImageData(DataModule):
         offset, scale = self.scaling(images)
         if self.few_shot is not None:
             if self.few_shot > len(labels):
-                raise ZooError(
-                    f"few_shot must be at most {len(labels)}, the training images of data set "
-                    f"{self.name!r}; got {self.few_shot}"
-                )
+                most = f"at most {len(labels)}, the training images of data set {self.name!r}"
+                raise checks.wrong("few_shot", self.few_shot, most)
             splits["train"] = images[: self.few_shot], labels[: self.few_shot]
         for split, (images, labels) in splits.items():
             self._pictures[split] = Pictures(images, labels, offset, scale)
@@ -226,8 +223,8 @@ class LargeImageData(ImageData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("val_size", self.val_size, 1)
-        checks.flag("standardize", self.standardize)
+        self.val_size = checks.whole("val_size", self.val_size, 1)
+        self.standardize = checks.flag("standardize", self.standardize)
 
     def parts(self) -> tuple[Split, Split]:
         """Return the training and the test part as they come, pixels as bytes."""
@@ -241,10 +238,8 @@ class LargeImageData(ImageData):
         """
         (images, labels), test = self.parts()
         if self.val_size >= len(images):
-            raise ZooError(
-                f"val_size must be less than {len(images)}, the images of the training part of "
-                f"data set {self.name!r}; got {self.val_size}"
-            )
+            all_of_them = f"below {len(images)}, the training images of data set {self.name!r}"
+            raise checks.wrong("val_size", self.val_size, all_of_them)
         order = permutation(len(images), self.name)
         train, val = order[: -self.val_size], order[-self.val_size :]
         return {

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import DataModule, content_hash
 from zoo.datasets.batches import Source
 from zoo.datasets.order import Order, Stream
@@ -28,7 +28,7 @@ from zoo.datasets.registry import dataset
 from zoo.datasets.vision.images import permutation
 from zoo.datasets.vision.istd_files import TARGETS, Crops, Files, Triplet, Whole, find, read
 from zoo.datasets.vision.object_files import Unreadable
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 from zoo.pictures.colour import MATRICES
 
 EMBEDDED = (
@@ -94,20 +94,16 @@ class ISTD(DataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.targets not in TARGETS:
-            raise unknown("targets", self.targets, TARGETS)
-        if self.white not in MATRICES:
-            raise unknown("white", self.white, MATRICES)
+        checks.choice("targets", self.targets, TARGETS)
+        checks.choice("white", self.white, MATRICES)
         for name in ("height", "width"):
-            checks.whole(name, getattr(self, name), 8)
-        checks.whole("mask_error", self.mask_error, 0)
+            setattr(self, name, checks.whole(name, getattr(self, name), 8))
+        self.mask_error = checks.whole("mask_error", self.mask_error, 0)
         for name in ("augment", "hold", "tiles", "perceptual"):
-            checks.flag(name, getattr(self, name))
-        checks.number("val_share", self.val_share, 0, 0.9)
-        if self.limit is not None:
-            checks.whole("limit", self.limit, 2)
-        if self.compare_at is not None:
-            checks.whole("compare_at", self.compare_at, 8)
+            setattr(self, name, checks.flag(name, getattr(self, name)))
+        self.val_share = checks.number("val_share", self.val_share, 0, 0.9)
+        self.limit = checks.optional(checks.whole)("limit", self.limit, 2)
+        self.compare_at = checks.optional(checks.whole)("compare_at", self.compare_at, 8)
         self.skipped: dict[str, str] = {}
         """Files that were left out, and why."""
         self._splits: dict[str, Whole] = {}

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.registry import dataset
 from zoo.datasets.vision.scenes import SceneData
 
@@ -84,10 +84,10 @@ class MovingScenes(SceneData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("frames", self.frames, 2)
-        checks.number("speed", self.speed, 0, 1)
-        checks.number("enter", self.enter, 0, 1)
-        checks.number("leave", self.leave, 0, 1)
+        self.frames = checks.whole("frames", self.frames, 2)
+        self.speed = checks.number("speed", self.speed, 0, 1)
+        self.enter = checks.number("enter", self.enter, 0, 1)
+        self.leave = checks.number("leave", self.leave, 0, 1)
         self._look = replace(
             self._look,
             frames=self.frames,

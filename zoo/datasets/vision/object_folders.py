@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import DataModule, content_hash
 from zoo.datasets.batches import Source
 from zoo.datasets.order import Epochs, Order
@@ -35,7 +35,7 @@ from zoo.datasets.registry import dataset
 from zoo.datasets.vision import object_files
 from zoo.datasets.vision.images import permutation
 from zoo.datasets.vision.object_files import Entry, Unreadable
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 
 LAYOUTS = ("auto", "images", "videos")
 NAMED = {"shape": "shape", "colour": "color", "material": "material", "size": "size"}
@@ -124,21 +124,19 @@ class ObjectFolders(DataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layout not in LAYOUTS:
-            raise unknown("layout", self.layout, LAYOUTS)
+        checks.choice("layout", self.layout, LAYOUTS)
         # Labels are bytes, and 0 is the background.
-        checks.whole("max_objects", self.max_objects, 1, 255)
+        self.max_objects = checks.whole("max_objects", self.max_objects, 1, 255)
         for name in ("height", "width", "frames"):
-            checks.whole(name, getattr(self, name), 1)
-        checks.number("val_share", self.val_share, 0, 1)
-        checks.number("test_share", self.test_share, 0, 1)
+            setattr(self, name, checks.whole(name, getattr(self, name), 1))
+        self.val_share = checks.number("val_share", self.val_share, 0, 1)
+        self.test_share = checks.number("test_share", self.test_share, 0, 1)
         if self.val_share + self.test_share >= 1:
             raise ZooError(
                 f"val_share={self.val_share!r} and test_share={self.test_share!r} leave nothing "
                 "to train on; allowed: a sum below 1"
             )
-        if self.limit is not None:
-            checks.whole("limit", self.limit, 3)
+        self.limit = checks.optional(checks.whole)("limit", self.limit, 3)
         self.skipped: dict[str, str] = {}
         """Files that were left out, and why."""
         self._splits: dict[str, Examples] = {}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.generated import GeneratedData
 from zoo.datasets.registry import dataset
 
@@ -55,8 +55,8 @@ class PointSets(GeneratedData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("points", self.points, 1)
-        checks.whole("coordinates", self.coordinates, 1)
+        self.points = checks.whole("points", self.points, 1)
+        self.coordinates = checks.whole("coordinates", self.coordinates, 1)
 
     def model_facts(self) -> dict[str, Any]:
         """Return max_objects, the points of a set, and properties, the width of a point."""

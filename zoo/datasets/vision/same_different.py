@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.generated import EVAL_SEED, Blocks, GeneratedData
 from zoo.datasets.order import generator
 from zoo.datasets.registry import dataset
@@ -141,10 +141,10 @@ class SameDifferent(GeneratedData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("cells", self.cells, 2)
-        checks.whole("distractors", self.distractors, 0, self.cells**2 - 2)
-        checks.number("noise", self.noise, 0)
-        checks.flag("jitter", self.jitter)
+        self.cells = checks.whole("cells", self.cells, 2)
+        self.distractors = checks.whole("distractors", self.distractors, 0, self.cells**2 - 2)
+        self.noise = checks.number("noise", self.noise, 0)
+        self.jitter = checks.flag("jitter", self.jitter)
 
     @property
     def test_names(self) -> list[str]:

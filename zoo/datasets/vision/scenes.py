@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.generated import GeneratedData
 from zoo.datasets.registry import dataset
 from zoo.datasets.vision import sprites
 from zoo.datasets.vision.sprites import Look
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 
 
 def named(option: str, values: object, known: Sequence[str]) -> tuple[str, ...]:
@@ -42,10 +42,9 @@ def named(option: str, values: object, known: Sequence[str]) -> tuple[str, ...]:
     """
     names = checks.several(option, values)
     if not names:
-        raise ZooError(f"{option} must name at least one of {', '.join(known)}; got an empty list")
+        raise checks.wrong(option, names, f"at least one of {', '.join(known)}")
     for name in names:
-        if name not in known:
-            raise unknown(f"name in {option}", name, known)
+        checks.choice(f"name in {option}", name, known)
     return tuple(names)
 
 
@@ -93,21 +92,18 @@ class SceneData(GeneratedData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("height", self.height, 4)
-        checks.whole("width", self.width, 4)
-        checks.whole("max_objects", self.max_objects, 1)
-        checks.whole("min_objects", self.min_objects, 1, self.max_objects)
-        checks.whole("min_visible", self.min_visible, 1)
-        checks.number("max_overlap", self.max_overlap, 0, 1)
-        checks.flag("smooth", self.smooth)
-        checks.flag("distinct_colours", self.distinct_colours)
-        if self.background not in sprites.BACKGROUNDS:
-            raise unknown("background", self.background, sprites.BACKGROUNDS)
-        sizes = checks.several("sizes", self.sizes)
+        self.height = checks.whole("height", self.height, 4)
+        self.width = checks.whole("width", self.width, 4)
+        self.max_objects = checks.whole("max_objects", self.max_objects, 1)
+        self.min_objects = checks.whole("min_objects", self.min_objects, 1, self.max_objects)
+        self.min_visible = checks.whole("min_visible", self.min_visible, 1)
+        self.max_overlap = checks.number("max_overlap", self.max_overlap, 0, 1)
+        self.smooth = checks.flag("smooth", self.smooth)
+        self.distinct_colours = checks.flag("distinct_colours", self.distinct_colours)
+        checks.choice("background", self.background, sprites.BACKGROUNDS)
+        sizes = checks.each(checks.number)("sizes", self.sizes, 0, 1)
         if not sizes:
-            raise ZooError("sizes must hold at least one number; got an empty list")
-        for size in sizes:
-            checks.number("sizes", size, 0, 1)
+            raise checks.wrong("sizes", sizes, "a list of at least one number")
         self._look = Look(
             height=self.height,
             width=self.width,

@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.datasets import checks
+from zoo import checks
 from zoo.datasets.base import content_hash
 from zoo.datasets.generated import EVAL_SEED, Blocks, GeneratedData
 from zoo.datasets.registry import dataset
 from zoo.datasets.vision import shadow_synthesis
-from zoo.errors import ZooError
 
 COLUMNS = {"train": ((0, 252), (520, 640)), "val": ((260, 384),), "test": ((392, 512),)}
 """First column and the one after the last that the crops of a split lie between."""
@@ -122,20 +121,18 @@ class Shadows(GeneratedData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole("height", self.height, 8, HEIGHT)
-        checks.whole("width", self.width, 8, WIDTH)
+        self.height = checks.whole("height", self.height, 8, HEIGHT)
+        self.width = checks.whole("width", self.width, 8, WIDTH)
         self._area = self._range("area")
         self._attenuation = self._range("attenuation")
-        checks.number("penumbra", self.penumbra, 0, 10)
-        checks.number("noise", self.noise, 0, 1)
-        checks.whole("mask_error", self.mask_error, 0, 16)
+        self.penumbra = checks.number("penumbra", self.penumbra, 0, 10)
+        self.noise = checks.number("noise", self.noise, 0, 1)
+        self.mask_error = checks.whole("mask_error", self.mask_error, 0, 16)
 
     def _range(self, option: str) -> tuple[float, float]:
-        ends = checks.several(option, getattr(self, option), distinct=False)
-        for end in ends:
-            checks.number(option, end, 0, 1)
+        ends = checks.each(checks.number, distinct=False)(option, getattr(self, option), 0, 1)
         if len(ends) != 2 or ends[0] > ends[1]:
-            raise ZooError(f"{option} must be two numbers, the first not above; got {ends!r}")
+            raise checks.wrong(option, ends, "two numbers, the first not above the second")
         return float(ends[0]), float(ends[1])
 
     @property

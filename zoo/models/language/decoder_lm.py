@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.cache import Cache
 from zoo.errors import ZooError
 from zoo.host.spec import layout
@@ -84,12 +85,9 @@ class DecoderLM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if vocab_size < 1:
-            raise ZooError(f"vocab_size={vocab_size!r} must be at least 1")
-        if num_outputs is not None and num_outputs < 1:
-            raise ZooError(f"num_outputs={num_outputs!r} must be at least 1, or None for logits")
-        if mlp < 0:
-            raise ZooError(f"mlp={mlp!r} must be 0 (none) or a positive ratio")
+        checks.whole("vocab_size", vocab_size)
+        checks.optional(checks.whole, "for logits")("num_outputs", num_outputs)
+        checks.number("mlp", mlp, 0, also="0 for none")
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.vocab_size, self.num_outputs, self.max_len = vocab_size, num_outputs, max_len
         self.specs, embedding = split_positions(layout(attention, depth, layers), position)

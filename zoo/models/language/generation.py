@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo import checks
 from zoo.cache import Cache
 from zoo.errors import ZooError
 from zoo.parts import Part
@@ -64,14 +65,10 @@ def generate(
         raise ZooError(f"num_outputs={model.num_outputs!r}: the model gives no tokens to sample")
     if tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ZooError(f"prompt of shape {tuple(tokens.shape)} must be (batch, at least 1)")
-    if steps < 0:
-        raise ZooError(f"steps={steps!r} must not be negative")
-    if temperature < 0:
-        raise ZooError(f"temperature={temperature!r} must not be negative")
-    if top_k is not None and top_k < 1:
-        raise ZooError(f"top_k={top_k!r} must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ZooError(f"top_p={top_p!r} must lie in (0, 1]")
+    checks.whole("steps", steps, 0)
+    checks.number("temperature", temperature, 0)
+    checks.optional(checks.whole)("top_k", top_k)
+    checks.optional(checks.number)("top_p", top_p, above=0, high=1)
     visible = None if lengths is None else real_tokens(model, tokens, lengths)
     was_training = model.training
     model.eval()

@@ -15,15 +15,14 @@ Legend: B batch, N length, C channels, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.attend.lightning import EPS, srms_norm
-from zoo.errors import ZooError
 from zoo.models import model
 from zoo.models._blocks import SGLU, Block
 from zoo.models.language.decoder_lm import DecoderLM
@@ -92,8 +91,7 @@ class TransNormer(DecoderLM):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(mlp, bool) or not isinstance(mlp, int | float) or not 0 < mlp < math.inf:
-            raise ZooError(f"mlp={mlp!r} must be a positive ratio")
+        checks.number("mlp", mlp, above=0)
         super().__init__(
             vocab_size,
             dim=dim,

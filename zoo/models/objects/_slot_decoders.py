@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import ZooError
 from zoo.host.factory import create
 from zoo.models.objects._slot_encoders import SoftPosition, xavier
@@ -39,10 +40,8 @@ class BroadcastDecoder(nn.Module):
     ) -> None:
         super().__init__()
         if upsample & (upsample - 1) or any(side % upsample for side in size):
-            raise ZooError(
-                f"upsample={upsample} must be a power of two that divides the {size[0]} x "
-                f"{size[1]} pixels of the image"
-            )
+            pixels = f"the {size[0]} x {size[1]} pixels of the image"
+            raise checks.wrong("upsample", upsample, f"a power of two that divides {pixels}")
         doublings = upsample.bit_length() - 1
         count = max(3, doublings)
         self.grid = (size[0] // upsample, size[1] // upsample)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import ZooError
 from zoo.host.factory import create
 from zoo.host.spec import parse
-from zoo.models._sizes import check_whole
 
 SEED = 0
 """Of what is drawn outside training."""
@@ -58,9 +58,9 @@ def slot_count(slots: int | None, max_objects: int, background: int) -> int:
     Raises:
         ZooError: There are fewer slots than objects.
     """
-    check_whole("max_objects", max_objects, 1)
+    checks.whole("max_objects", max_objects)
     count = max_objects + background if slots is None else slots
-    check_whole("slots", count, 1)
+    checks.whole("slots", count)
     if count < max_objects:
         more = f", better {max_objects + background} with one for the background"
         raise ZooError(

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from zoo import checks
 from zoo.models import model
-from zoo.models._sizes import check_whole
 from zoo.models.objects._slot_module import slot_count, slot_module
 from zoo.models.objects.set_prediction import SetModel
 
@@ -44,7 +44,7 @@ def set_autoencoder(
         ZooError: A size does not fit, there are fewer slots than vectors, or a name is unknown.
     """
     for name, size in {"dim": dim, "width": width, "properties": properties}.items():
-        check_whole(name, size, 1)
+        checks.whole(name, size)
     count = slot_count(slots, max_objects, background=0)
     module = slot_module(attention, width, dim, count, iterations=iterations, hidden=hidden)
     encoder, head = (

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import ZooError
 from zoo.models import model
-from zoo.models._sizes import check_image_shape, check_whole
 from zoo.models.objects._slot_encoders import ConvEncoder
 from zoo.models.objects._slot_module import chance, slot_count, slot_module
 
@@ -98,10 +98,10 @@ def set_prediction(
     Raises:
         ZooError: A size does not fit, there are fewer slots than objects, or a name is unknown.
     """
-    shape = check_image_shape(image_shape)
+    shape = checks.image_shape("image_shape", image_shape)
     sizes = {"dim": dim, "width": width, "stride": stride, "properties": properties}
     for name, size in sizes.items():
-        check_whole(name, size, 1)
+        checks.whole(name, size)
     count = slot_count(slots, max_objects, background=0)
     module = slot_module(attention, width, dim, count, iterations=iterations, hidden=hidden)
     head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, properties), nn.Sigmoid())

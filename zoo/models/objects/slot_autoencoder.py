@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import ZooError, unknown
 from zoo.models import model
-from zoo.models._sizes import check_image_shape, check_whole
 from zoo.models.objects._slot_decoders import BroadcastDecoder, TransformerDecoder
 from zoo.models.objects._slot_encoders import ConvEncoder, TokenEncoder
 from zoo.models.objects._slot_module import chance, slot_count, slot_module
@@ -144,10 +144,10 @@ def slot_autoencoder(
     Raises:
         ZooError: A size does not fit, there are fewer slots than objects, or a name is unknown.
     """
-    shape = check_image_shape(image_shape)
+    shape = checks.image_shape("image_shape", image_shape)
     sizes = {"dim": dim, "width": width, "stride": stride, "upsample": upsample, "patch": patch}
     for name, size in {**sizes, "depth": depth, "heads": heads}.items():
-        check_whole(name, size, 1)
+        checks.whole(name, size)
     tokens = encoder == "vit" or decoder == "transformer"
     idle = {
         "stride": (stride != 1 and encoder == "vit", "encoder='cnn'"),

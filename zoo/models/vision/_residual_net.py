@@ -14,6 +14,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from zoo import checks
 from zoo.errors import ZooError, unknown
 from zoo.feature._residual_mask import make_pool
 from zoo.feature._residual_units import Unit, make_conv, start, to_fast_format
@@ -21,11 +22,6 @@ from zoo.feature.residual import POOLS, AttentionModule
 
 STEMS = ("imagenet", "cifar")
 GLOBAL_POOLS = ("avg", "avgmax", "max", "catavgmax", "")
-
-
-def is_whole(value: object, least: int) -> bool:
-    """A whole number of at least so many."""
-    return type(value) is int and value >= least
 
 
 class TrunkModule(nn.Module):
@@ -132,23 +128,15 @@ class ResidualAttentionNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if stem not in STEMS:
-            raise unknown("stem", stem, STEMS)
-        if pool not in POOLS:
-            raise unknown("pool", pool, POOLS)
-        for name, numbers, size, least in (
-            ("modules", modules, 3, 0),
-            ("widths", widths, 4, 4),
-        ):
-            if not _are(numbers, size) or not all(is_whole(n, least) for n in numbers):
-                raise ZooError(f"{name}={numbers!r} must be {size} whole numbers from {least}")
+        checks.choice("stem", stem, STEMS)
+        checks.choice("pool", pool, POOLS)
+        modules = checks.wholes("modules", modules, 3, 0)
+        widths = checks.wholes("widths", widths, 4, 4)
         if any(width % 4 for width in widths):
-            raise ZooError(f"widths={widths!r} must be multiples of 4")
-        if not is_whole(in_chans, 1):
-            raise ZooError(f"in_chans={in_chans!r} must be a whole number of at least 1")
+            raise checks.wrong("widths", widths, "multiples of 4")
+        in_chans = checks.whole("in_chans", in_chans)
         for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
-            if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
-                raise ZooError(f"{name}={rate!r} must lie in [0, 1)")
+            checks.number(name, rate, 0, below=1)
         _check_head(num_classes, global_pool)
         masks = {"r": r != 1, "mask": mask != "mixed", "residual": residual is not True}
         for name, given in {
@@ -160,8 +148,8 @@ class ResidualAttentionNet(nn.Module):
                 raise ZooError(f"{name} belongs to masks, which a network with a gate has none of")
         if depths is None:
             depths = (3, 2, 1) if stem == "imagenet" else (2, 1, 0)
-        elif not _are(depths, 3):
-            raise ZooError(f"depths={depths!r} must be one for each of 3 stages")
+        elif not isinstance(depths, list | tuple) or len(depths) != 3:
+            raise checks.wrong("depths", depths, "one for each of 3 stages")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes, self.drop_rate, self.grad_checkpointing = num_classes, drop_rate, False
         first = widths[0] // 4
@@ -328,15 +316,9 @@ class ResidualAttentionNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _are(numbers: object, size: int) -> bool:
-    return isinstance(numbers, list | tuple) and len(numbers) == size
-
-
 def _check_head(num_classes: int, global_pool: str) -> None:
-    if not is_whole(num_classes, 0):
-        raise ZooError(f"num_classes={num_classes!r} must be a whole number of at least 0")
-    if global_pool not in GLOBAL_POOLS:
-        raise unknown("global_pool", global_pool, GLOBAL_POOLS)
+    checks.whole("num_classes", num_classes, 0)
+    checks.choice("global_pool", global_pool, GLOBAL_POOLS)
     if not global_pool and num_classes:
         raise ZooError("global_pool='' leaves maps, which a classifier cannot take; num_classes=0")
 

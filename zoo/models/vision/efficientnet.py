@@ -17,9 +17,8 @@ from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from timm.models.efficientnet import EfficientNet
 from torch import nn
 
-from zoo.errors import ZooError, unknown
+from zoo import checks
 from zoo.models import model
-from zoo.models._sizes import check_image_shape, check_rate, check_whole
 from zoo.timm import check_maps, feature, init_special
 
 # Type of block, repeats, side of the kernel, stride, expansion, channels.
@@ -76,22 +75,16 @@ def efficientnet(
         ZooError: A size does not fit, a name or option is unknown, or the maps of a stage are too
             small for the mechanism.
     """
-    channels, _, _ = check_image_shape(image_shape)
-    check_whole("num_classes", num_classes, 1)
-    check_whole("stages", stages, 1)
-    if stages > len(_STAGES):
-        raise ZooError(f"stages={stages} must be at most {len(_STAGES)}")
+    channels, _, _ = checks.image_shape("image_shape", image_shape)
+    checks.whole("num_classes", num_classes)
+    checks.whole("stages", stages, 1, len(_STAGES))
     for name, factor in {"width": width, "depth": depth}.items():
-        if not 0 < factor <= 10:
-            raise ZooError(f"{name}={factor!r} must lie in (0, 10]")
-    if not 0 < ratio <= 1:
-        raise ZooError(f"ratio={ratio!r} must lie in (0, 1]")
-    if activation not in _ACTIVATIONS:
-        raise unknown("activation", activation, _ACTIVATIONS)
-    if stem not in _STEMS:
-        raise unknown("stem", stem, _STEMS)
+        checks.number(name, factor, above=0, high=10)
+    checks.number("ratio", ratio, above=0, high=1)
+    checks.choice("activation", activation, _ACTIVATIONS)
+    checks.choice("stem", stem, _STEMS)
     for name, rate in {"dropout": dropout, "drop_path": drop_path}.items():
-        check_rate(name, rate)
+        checks.number(name, rate, 0, below=1)
     rounded = partial(round_channels, multiplier=width)
     gate = "" if attention is None else f"_se{ratio}"
     blocks = []

@@ -16,10 +16,10 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from zoo.errors import ZooError, unknown
+from zoo import checks
+from zoo.errors import ZooError
 from zoo.host.spec import PartSpec, layout, parse, without
 from zoo.models import model
-from zoo.models._sizes import check_image_shape, check_rate, check_whole
 from zoo.parts import Position, build
 from zoo.timm import check_maps, feature, init_special, swap
 
@@ -80,24 +80,21 @@ def vit(
         ZooError: A size does not fit, or a name or option is unknown.
         CompatibilityError: Parts that cannot work together.
     """
-    channels, height, width = check_image_shape(image_shape)
+    channels, height, width = checks.image_shape("image_shape", image_shape)
     sizes = {"num_classes": num_classes, "patch": patch, "dim": dim, "depth": depth}
     for name, size in {**sizes, "heads": heads}.items():
-        check_whole(name, size, 1)
-    check_whole("registers", registers, 0)
+        checks.whole(name, size)
+    checks.whole("registers", registers, 0)
     if height % patch or width % patch:
         raise ZooError(f"patch={patch} must divide height {height} and width {width} of the image")
     if dim % heads:
         raise ZooError(f"heads={heads} must divide dim={dim}")
-    if not mlp_ratio > 0:
-        raise ZooError(f"mlp_ratio={mlp_ratio!r} must be above 0")
+    checks.number("mlp_ratio", mlp_ratio, above=0)
     rates = {"dropout": dropout, "attention_dropout": attention_dropout, "drop_path": drop_path}
     for name, rate in rates.items():
-        check_rate(name, rate)
-    if pos not in ("learned", "none"):
-        raise unknown("pos", pos, ("learned", "none"))
-    if pool not in _POOLS:
-        raise unknown("pool", pool, _POOLS)
+        checks.number(name, rate, 0, below=1)
+    checks.choice("pos", pos, ("learned", "none"))
+    checks.choice("pool", pool, _POOLS)
     if pool == "token" and not class_token:
         raise ZooError("pool='token' needs class_token=True")
     specs, embedding = _take_embedding(layout(attention, depth, layers))
@@ -206,16 +203,13 @@ def resnet(
         ZooError: A size does not fit, a name or option is unknown, or the maps of a stage are too
             small for the mechanism.
     """
-    channels, _, _ = check_image_shape(image_shape)
-    check_whole("num_classes", num_classes, 1)
-    check_whole("width", width, 2)
-    if width % 2:
-        raise ZooError(f"width={width} must be even")
+    channels, _, _ = checks.image_shape("image_shape", image_shape)
+    checks.whole("num_classes", num_classes)
+    checks.multiple("width", width, 2)
     for option, value in {"dropout": dropout, "drop_path": drop_path}.items():
-        check_rate(option, value)
+        checks.number(option, value, 0, below=1)
     known = _variants()
-    if variant not in known:
-        raise unknown("variant of a ResNet", variant, known)
+    checks.choice("variant of a ResNet", variant, known)
     base = _base_width(variant)
     if width * base < 64:
         raise ZooError(
@@ -224,18 +218,13 @@ def resnet(
         )
     sizes: dict[str, Any] = {}
     if blocks is not None:
-        if len(blocks) != 4:
-            raise ZooError(f"blocks={blocks!r} must be four numbers, one for each stage")
-        for count in blocks:
-            check_whole("blocks: number", count, 1)
-        sizes["layers"] = tuple(blocks)
+        sizes["layers"] = checks.wholes("blocks", blocks, 4, also="one for each stage")
     block_args: dict[str, Any] = {"attn_layer": None if attention is None else feature(attention)}
     if variant.startswith("res2"):
         # timm keeps the scale in block_args too, where this one would otherwise be lost.
         scale = re.search(r"(\d+)s$", variant)
         block_args["scale"] = int(scale[1]) if scale else 4
-    if stem not in _STEMS:
-        raise unknown("stem", stem, _STEMS)
+    checks.choice("stem", stem, _STEMS)
     model: Any = timm.create_model(
         variant,
         in_chans=channels,

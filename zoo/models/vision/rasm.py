@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import ZooError
 from zoo.host.factory import create
 from zoo.host.spec import PartSpec, parse
@@ -177,27 +178,22 @@ def rasm(
     """
     if attention == "identity":
         attention = None
-    _whole("width", width)
+    checks.whole("width", width)
     layers = list(depths) if isinstance(depths, Sequence) else [depths] * 7
     if len(layers) != 7:
         raise ZooError(f"depths={depths!r} has {len(layers)} entries; allowed: one number or 7")
     for depth in layers:
-        _whole("depths", depth)
-    if not isinstance(heads, Sequence) or len(heads) != len(ATTENDING):
-        raise ZooError(f"heads={heads!r} must be {len(ATTENDING)} numbers, one for each level")
-    for count in heads:
-        _whole("heads", count)
-    if not mlp_ratio > 0:
-        raise ZooError(f"mlp_ratio={mlp_ratio!r} must be above 0")
-    if not 0.0 <= drop_path < 1.0:
-        raise ZooError(f"drop_path={drop_path!r} must lie in [0, 1)")
+        checks.whole("depths", depth)
+    checks.wholes("heads", heads, len(ATTENDING), also="one for each level")
+    checks.number("mlp_ratio", mlp_ratio, above=0)
+    checks.number("drop_path", drop_path, 0, below=1)
     dims = [width * c for c in (1, 2, 4, 8, 8, 4, 2)]
     grids: list[tuple[int, int] | None] = [None] * 7
     if image_shape is not None:
         if len(image_shape) != 3 or image_shape[0] not in (3, 4):
-            raise ZooError(f"image_shape={image_shape!r} must be (3 or 4, height, width)")
-        for side in image_shape[1:]:
-            _whole("image_shape: side", side, DOWN)
+            raise checks.wrong("image_shape", image_shape, "(3 or 4, height, width)")
+        for name, side in zip(("height", "width"), image_shape[1:], strict=True):
+            checks.whole(f"image_shape: {name}", side, DOWN)
         sides = [[-(-side // DOWN) * DOWN >> n for side in image_shape[1:]] for n in range(4)]
         grids = [(sides[n][0], sides[n][1]) for n in (0, 1, 2, 3, 2, 1, 0)]
     rates = [*_rates(layers[:3], drop_path), [drop_path] * layers[3]]
@@ -232,7 +228,7 @@ def _attention(
 ) -> nn.Module:
     """Attention of a layer, from map to map; `place` is its index among those that attend."""
     if not isinstance(spec, str):
-        raise ZooError(f"attention={spec!r} must be a specification such as 'regional', or None")
+        raise checks.wrong("attention", spec, "a specification such as 'regional', or None")
     parts = parse(spec)
     kind = parts[0].entry.kind
     if kind == "feature":
@@ -255,11 +251,6 @@ def _attention(
         wanted = inspect.signature(parts[0].entry.cls).parameters
         facts = {name: value for name, value in facts.items() if name in wanted}
     return OnTokens(create("+".join(map(str, full)), dim, **facts))
-
-
-def _whole(name: str, value: object, least: int = 1) -> None:
-    if type(value) is not int or value < least:
-        raise ZooError(f"{name}={value!r} must be a whole number of at least {least}")
 
 
 # Names of the released weights, and ours; a number n of the group is raised by the last entry.

@@ -18,10 +18,11 @@ from typing import Any
 
 from torch import nn
 
-from zoo.errors import ZooError, unknown
+from zoo import checks
+from zoo.errors import ZooError
 from zoo.feature.residual import AttentionModule
 from zoo.models import model
-from zoo.models.vision._residual_net import ResidualAttentionNet, TrunkModule, is_whole
+from zoo.models.vision._residual_net import ResidualAttentionNet, TrunkModule
 from zoo.timm import feature, init_special
 
 __all__ = [
@@ -114,14 +115,10 @@ def residual_attention(
     Raises:
         ZooError: A size does not fit, or a name or option is unknown.
     """
-    if len(image_shape) != 3 or not all(is_whole(n, 1) for n in image_shape):
-        raise ZooError(f"image_shape={image_shape!r} must be (channels, height, width)")
-    if not is_whole(num_classes, 1):
-        raise ZooError(f"num_classes={num_classes!r} must be a whole number of at least 1")
-    if not is_whole(width, 4) or width % 4:
-        raise ZooError(f"width={width!r} must be a whole number, a multiple of 4")
-    if stem not in STEMS:
-        raise unknown("stem", stem, STEMS)
+    checks.image_shape("image_shape", image_shape)
+    checks.whole("num_classes", num_classes)
+    checks.multiple("width", width, 4)
+    checks.choice("stem", stem, STEMS)
     side = min(image_shape[1:])
     if stem == "large":
         if side < 8:

@@ -12,9 +12,9 @@ from typing import Any
 
 from timm.models.swin_transformer import SwinTransformer
 
+from zoo import checks
 from zoo.errors import ZooError
 from zoo.models import model
-from zoo.models._sizes import check_image_shape, check_rate, check_whole
 from zoo.timm import swap
 
 
@@ -62,35 +62,35 @@ def swin(
         ZooError: A size does not fit, or a name or option is unknown.
         CompatibilityError: Parts that cannot work together, or in windows.
     """
-    channels, height, width = check_image_shape(image_shape)
+    channels, height, width = checks.image_shape("image_shape", image_shape)
     for name, size in {"num_classes": num_classes, "patch": patch, "dim": dim}.items():
-        check_whole(name, size, 1)
+        checks.whole(name, size)
     if height % patch or width % patch:
         raise ZooError(f"patch={patch} must divide height {height} and width {width} of the image")
-    if not depths:
-        raise ZooError(f"depths={depths!r} is empty; give the number of blocks of each stage")
-    for depth in depths:
-        check_whole("depths: number", depth, 1)
+    checks.wholes("depths", depths, also="the number of blocks of each stage")
     stages = len(depths)
-    counts = [heads * 2**s for s in range(stages)] if isinstance(heads, int) else list(heads)
+    if isinstance(heads, Sequence):
+        counts = list(heads)
+    else:
+        counts = [checks.whole("heads", heads) * 2**s for s in range(stages)]
     if len(counts) != stages:
-        raise ZooError(f"heads={heads!r} must be one number, or {stages}: one for each stage")
+        raise checks.wrong("heads", heads, f"one number, or {stages}: one for each stage")
     for stage, count in enumerate(counts):
-        check_whole("heads", count, 1)
+        checks.whole("heads", count)
         if dim * 2**stage % count:
             raise ZooError(
                 f"heads={count} of stage {stage + 1} must divide its {dim * 2**stage} channels"
             )
-    sides = (window, window) if isinstance(window, int) else tuple(window)
-    if len(sides) != 2:
-        raise ZooError(f"window={window!r} must be a number, or (height, width)")
-    for side in sides:
-        check_whole("window", side, 1)
-    if not mlp_ratio > 0:
-        raise ZooError(f"mlp_ratio={mlp_ratio!r} must be above 0")
+    sides: int | tuple[int, int]
+    if isinstance(window, Sequence):
+        rows, columns = checks.wholes("window", window, 2, also="or one for both sides")
+        sides = rows, columns
+    else:
+        sides = checks.whole("window", window, also="or (height, width)")
+    checks.number("mlp_ratio", mlp_ratio, above=0)
     rates = {"dropout": dropout, "attention_dropout": attention_dropout, "drop_path": drop_path}
     for name, rate in rates.items():
-        check_rate(name, rate)
+        checks.number(name, rate, 0, below=1)
     made = SwinTransformer(
         img_size=(height, width),
         patch_size=patch,

@@ -1,9 +1,8 @@
-"""What a field of a record may hold: one check per kind of value.
+"""What a field of a record may hold, beside what `zoo.checks` knows: one check per kind of value.
 
-A check takes the name of the field and a value, and returns the value in the one form that JSON
-gives back (a tuple as a list, a NumPy number as a Python number), so that a record equals its own
-round trip; anything else is refused by name. Numbers that JSON cannot hold have names, `nan`, `inf`
-and `-inf`, which stand for them wherever the field is a number.
+A check returns the value in the one form that JSON gives back (a tuple as a list, a NumPy number as
+a Python number), so that a record equals its own round trip. Numbers that JSON cannot hold have
+names, `nan`, `inf` and `-inf`, which stand for them wherever the field is a number.
 """
 
 from __future__ import annotations
@@ -15,26 +14,15 @@ from datetime import UTC, datetime
 from numbers import Integral, Real
 from typing import Any
 
+from zoo import checks
+from zoo.checks import choice, optional, text, wrong
+from zoo.checks import flag as flag
 from zoo.errors import ZooError
 
 Check = Callable[[str, object], Any]
 
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=,()@~-]{0,199}")
 _NON_FINITE = ("nan", "inf", "-inf")
-
-
-def wrong(name: str, value: object, allowed: str) -> ZooError:
-    """Build the error for a field that holds something else than it may."""
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return ZooError(f"record field {name!r} is {shown} ({type(value).__name__}), not {allowed}")
-
-
-def text(name: str, value: object) -> str:
-    """Accept a string that is not empty."""
-    if not isinstance(value, str) or not value:
-        raise wrong(name, value, "a non-empty string")
-    return str(value)
 
 
 def identifier(name: str, value: object) -> str:
@@ -44,28 +32,18 @@ def identifier(name: str, value: object) -> str:
     return value
 
 
-def flag(name: str, value: object) -> bool:
-    """Accept true or false."""
-    if not isinstance(value, bool):
-        raise wrong(name, value, "true or false")
-    return value
-
-
 def count(name: str, value: object) -> int:
-    """Accept an integer of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-        raise wrong(name, value, "an integer of at least 0")
-    return int(value)
+    """Accept a whole number of at least 0."""
+    return checks.whole(name, value, 0)
 
 
 def number(name: str, value: object) -> float:
     """Accept any number, finite or not."""
-    if isinstance(value, str) and value in _NON_FINITE:
-        value = float(value)
-    if isinstance(value, bool) or not isinstance(value, Real):
+    given = float(value) if isinstance(value, str) and value in _NON_FINITE else value
+    if isinstance(given, bool) or not isinstance(given, Real):
         raise wrong(name, value, "a number")
     try:
-        converted = float(value)
+        converted = float(given)
     except OverflowError:
         raise wrong(name, value, "a number within the range of a float") from None
     return math.nan if math.isnan(converted) else converted  # one nan object: records compare
@@ -73,18 +51,12 @@ def number(name: str, value: object) -> float:
 
 def seconds(name: str, value: object) -> float:
     """Accept a finite number of at least 0."""
-    converted = number(name, value)
-    if not math.isfinite(converted) or converted < 0:
-        raise wrong(name, value, "a finite number of at least 0")
-    return converted
+    return float(checks.number(name, value, 0))
 
 
 def positive(name: str, value: object) -> float:
     """Accept a finite number above 0."""
-    converted = number(name, value)
-    if not math.isfinite(converted) or converted <= 0:
-        raise wrong(name, value, "a finite number above 0")
-    return converted
+    return float(checks.number(name, value, above=0))
 
 
 def moment(name: str, value: object) -> str:
@@ -114,7 +86,7 @@ def plain(name: str, value: object) -> Any:
         if len(kept) != len(value):
             raise wrong(name, value, "a mapping whose keys differ as text")
         return kept
-    raise wrong(name, value, "plain data (null, true, false, numbers, text, lists, mappings)")
+    raise wrong(name, value, "plain data (None, True, False, numbers, text, lists, mappings)")
 
 
 def tree(name: str, value: object) -> dict[str, Any]:
@@ -125,28 +97,26 @@ def tree(name: str, value: object) -> dict[str, Any]:
 
 
 def one_of(*allowed: Any) -> Check:
-    """Make a check that accepts the given values."""
+    """Make a check that accepts the given values, which are names or not."""
+    names = [item for item in allowed if isinstance(item, str)]
 
     def check(name: str, value: object) -> Any:
+        if names:
+            return choice(name, value, names)
         if isinstance(value, bool) or value not in allowed:
-            raise wrong(name, value, f"one of {', '.join(map(str, allowed))}")
+            raise wrong(name, value, " or ".join(map(str, allowed)))
         return allowed[allowed.index(value)]
 
     return check
 
 
-def optional(check: Check) -> Check:
-    """Make a check that accepts null beside what `check` accepts."""
-    return lambda name, value: None if value is None else check(name, value)
-
-
-def keyed(**checks: Check) -> Check:
+def keyed(**inner: Check) -> Check:
     """Make a check that accepts a mapping with exactly the given keys."""
 
     def check(name: str, value: object) -> dict[str, Any]:
-        if not isinstance(value, dict) or set(value) != set(checks):
-            raise wrong(name, value, f"a mapping with exactly the keys {', '.join(sorted(checks))}")
-        return {key: inner(f"{name}.{key}", value[key]) for key, inner in checks.items()}
+        if not isinstance(value, dict) or set(value) != set(inner):
+            raise wrong(name, value, f"a mapping with exactly the keys {', '.join(sorted(inner))}")
+        return {key: of(f"{name}.{key}", value[key]) for key, of in inner.items()}
 
     return check
 
@@ -186,4 +156,4 @@ def require(name: str, value: dict[str, Any], keys: Iterable[str]) -> None:
     for key in keys:
         if key not in value:
             held = ", ".join(sorted(value)) or "nothing"
-            raise ZooError(f"record field {name!r} lacks {key!r}; it holds {held}")
+            raise ZooError(f"{name} lacks {key!r}; it holds {held}")
