@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -207,3 +207,19 @@ def test_dotted_path() -> None:
 def test_wrong_dotted_paths(path: str, message: str) -> None:
     with pytest.raises(ZooError, match=message):
         zoo.info(path)
+
+
+def test_kinds_have_the_traits_that_mean_something_for_them():
+    """No list by a trait holds a kind that the trait says nothing about, whatever its value."""
+    every = [item.name for item in fields(Traits)]
+    for name in zoo.list():
+        entry = zoo.info(name)
+        assert set(entry.promises) <= set(every)
+        assert entry.promises["cost"] == entry.traits.cost
+        for trait in every:
+            for value in (True, False, "any", "keys", "none"):
+                listed = name in zoo.list(traits={trait: value})
+                assert listed == (trait in entry.promises and entry.promises[trait] == value)
+    assert set(zoo.info("cbam").promises) == {"compile", "gradient", "cost"}
+    assert "cbam" not in zoo.list(traits={"decode": True}) + zoo.list(traits={"decode": False})
+    assert zoo.info("slot").promises["mask"] == zoo.info("mesh").promises["mask"] == "keys"

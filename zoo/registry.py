@@ -44,6 +44,11 @@ _FACTS_OF_KIND = {
     "feature": frozenset(("channels", "device", "dtype")),
     "slots": frozenset(("dim_in", "dim", "slots", "device", "dtype")),
 }
+# A map has no tokens to hide or decode; slots see all inputs that their mask leaves.
+TRAITS_OF_KIND = {
+    "feature": ("compile", "gradient", "cost"),
+    "slots": ("mask", "weights", "compile", "gradient", "cost"),
+}
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,12 @@ class Entry:
         found = inspect.signature(self.cls).parameters
         facts = _FACTS_OF_KIND.get(self.kind, frozenset())
         return {name: item for name, item in found.items() if name not in facts}
+
+    @property
+    def promises(self) -> dict[str, Any]:
+        """The traits that mean something for this kind of module, with their values."""
+        names = TRAITS_OF_KIND.get(self.kind, tuple(item.name for item in fields(Traits)))
+        return {name: getattr(self.traits, name) for name in names}
 
     @property
     def summary(self) -> str:
@@ -379,7 +390,8 @@ def list_names(
     Args:
         pattern: Wildcard or several of them, e.g. ``"*max"``.
         kind: One kind or several.
-        traits: Trait values that must hold, e.g. ``{"causal": True, "mask": "any"}``.
+        traits: Trait values that must hold, e.g. ``{"causal": True, "mask": "any"}``. A kind for
+            which a trait means nothing is in no such list.
         axes: Taxonomy axes, e.g. ``positions="local"``, and ``family=``, ``causality=``.
 
     Raises:
@@ -406,7 +418,8 @@ def list_names(
     def matches(entry: Entry) -> bool:
         if kinds is not None and entry.kind not in kinds:
             return False
-        if any(getattr(entry.traits, t) != v for t, v in wanted.items()):
+        promises = entry.promises
+        if any(name not in promises or promises[name] != v for name, v in wanted.items()):
             return False
         for axis, value in axes.items():
             owner: Any = entry if axis in ("family", "causality") else entry.taxonomy

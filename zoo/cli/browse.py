@@ -102,14 +102,14 @@ def _row(entry: Entry) -> dict[str, Any]:
         "year": entry.paper.year if entry.paper else None,
         "summary": entry.summary,
         "cost": entry.traits.cost,
-        "traits": asdict(entry.traits),
+        "traits": entry.promises,
     }
 
 
 def _limits(traits: dict[str, Any]) -> str:
     """What does not hold, in the words of ``--trait``: most mechanisms promise nearly all."""
     words = [f"no-{name}" for name, value in traits.items() if value is False]
-    words += [f"mask={traits['mask']}"] if traits["mask"] != "any" else []
+    words += [f"mask={traits['mask']}"] if traits.get("mask", "any") != "any" else []
     return " ".join(words) or "all"
 
 

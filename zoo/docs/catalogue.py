@@ -13,8 +13,6 @@ from zoo.errors import ZooError
 
 BEGIN = "<!-- begin catalogue (python -m zoo.docs.catalogue README.md) -->"
 END = "<!-- end catalogue -->"
-# The trait speaks of token mixers; maps have no padding, slots take a mask of the inputs.
-_MASKS = {"feature": "na", "slots": "keys"}
 
 
 def table() -> str:
@@ -27,10 +25,10 @@ def table() -> str:
             source = ""
             if paper is not None:
                 source = f"[{paper.year}]({paper.url})" if paper.url else str(paper.year)
-            traits = entry.traits
+            promises = entry.promises
             rows.append(
                 f"| `{name}` | {kind} | {entry.summary} | {source} | {entry.causality} "
-                f"| {_MASKS.get(kind, traits.mask)} | {traits.cost} |"
+                f"| {promises.get('mask', 'na')} | {promises['cost']} |"
             )
     return "\n".join(rows)
 

@@ -46,7 +46,9 @@ from zoo.slots.slot import SlotAttention
         trainable_params=True,
     ),
     traits=Traits(
-        gradient=False, cost="iterations * N * K * (D + mesh_steps * sinkhorn_iterations)"
+        mask="keys",
+        gradient=False,
+        cost="iterations * N * K * (D + mesh_steps * sinkhorn_iterations)",
     ),
     parameters=(
         "7 * dim ** 2 + 2 * dim * dim_in + 11 * dim + 2 * dim * hidden + hidden + 2 * dim_in"

@@ -79,7 +79,7 @@ def slot_attention_reference(
         needs=("two_sequences",),
         trainable_params=True,
     ),
-    traits=Traits(cost="iterations * N * K * D"),
+    traits=Traits(mask="keys", cost="iterations * N * K * D"),
     parameters=(
         "7 * dim ** 2 + 2 * dim * dim_in + 11 * dim + 2 * dim * hidden + hidden + 2 * dim_in"
         " + {'learned_random': 2, 'fixed_random': 0, 'learned': slots, 'identical': 1}[init] * dim"
