@@ -27,7 +27,7 @@ from zoo import _moved, datasets, models
 from zoo.errors import ZooError, unknown
 from zoo.host.spec import canonical
 from zoo.resources import folder
-from zoo.runs.schema import Recipe, check, data_defaults, model_options
+from zoo.runs.schema import blank, check, data_defaults, model_options
 from zoo.tasks import Optim
 
 SHORT = {"lr": "optim.lr", "steps": "trainer.max_steps", "batch": "data.batch_size"}
@@ -230,9 +230,26 @@ def _read(path: Path) -> DictConfig:
     return raw
 
 
+def _file(path: Path) -> DictConfig:
+    """Content of a YAML file, which is not read again before it changes."""
+    try:
+        found = path.stat()
+    except OSError:
+        return _read(path)  # which says what is wrong
+    key = (str(path.resolve()), found.st_mtime_ns, found.st_size)
+    if key not in _contents:
+        if len(_contents) >= 256:
+            _contents.clear()
+        _contents[key] = _read(path)
+    return copy.deepcopy(_contents[key])
+
+
+_contents: dict[tuple[str, int, int], DictConfig] = {}
+
+
 def _plain(path: Path, changed: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Return a recipe with its changes, and apart from it the claim that it states, or None."""
-    raw = _read(path)
+    raw = _file(path)
     try:
         for key, value in changed.items():
             OmegaConf.update(raw, key, value, merge=False)
@@ -278,7 +295,7 @@ def _resolve(plain: dict[str, Any], path: Path, changed: dict[str, Any]) -> Dict
             raise ZooError(f"recipe {path.name}: {section} must be a mapping with a name")
     data = _data(str(plain["data"]["name"]))
     model = model_options(str(plain["model"]["name"]))
-    config = OmegaConf.structured(Recipe)
+    config = blank()
     known = [key for key, _ in _leaves(contents(config))]
     known = [key for key in known if key not in ("data", "model", "optim")]
     known += [f"optim.{key}" for key in Optim.__dataclass_fields__]
@@ -341,7 +358,7 @@ def _data(name: str) -> dict[str, Any]:
         if name not in datasets.list():
             raise unknown("data set", name, [*files, *datasets.list()])
         return {"name": name, **data_defaults(name)}
-    content = contents(_read(files[name]))
+    content = contents(_file(files[name]))
     options = data_defaults(content["name"])
     for key in content.get("options") or {}:
         if key not in options:

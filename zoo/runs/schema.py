@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
@@ -148,7 +151,23 @@ def model_options(name: str) -> DictConfig:
         ZooError: Unknown name.
     """
     known = models.info(name)
-    make, hidden = known.make, (*known.facts, *_NOT_OPTIONS)
+    return copy.deepcopy(_options_of(name, known.make, known.facts))
+
+
+def blank() -> DictConfig:
+    """A recipe without content, with the types of its keys."""
+    return copy.deepcopy(_blank())
+
+
+# OmegaConf takes long to look at a class, and less to copy what it has found.
+@functools.cache
+def _blank() -> DictConfig:
+    return OmegaConf.structured(Recipe)
+
+
+@functools.cache
+def _options_of(name: str, make: Callable[..., Any], facts: tuple[str, ...]) -> DictConfig:
+    hidden = (*facts, *_NOT_OPTIONS)
     target = make.__init__ if inspect.isclass(make) else make
     hints = typing.get_type_hints(target)
     fields: list[Any] = [("name", str, name)]
