@@ -108,6 +108,14 @@ class GeneratedData(DataModule):
         """
         raise NotImplementedError
 
+    def drawn_by(self, split: str) -> Draw:
+        """Return what draws the examples of a split; here `draw` draws those of all splits.
+
+        Args:
+            split: "train", "val" or a test set.
+        """
+        return self.draw
+
     def parameters(self) -> dict[str, Any]:
         """Return all that `draw` depends on, as JSON can hold it."""
         raise NotImplementedError
@@ -120,7 +128,7 @@ class GeneratedData(DataModule):
     def stream(self, split: str) -> Blocks:
         """Return the endless stream that a split is the beginning of."""
         seed = self.seed if split == "train" else EVAL_SEED
-        return Blocks(self.draw, (self.name, self.version, seed, split), self.block)
+        return Blocks(self.drawn_by(split), (self.name, self.version, seed, split), self.block)
 
     def size(self, split: str) -> int:
         """Return the number of examples of a finite split."""

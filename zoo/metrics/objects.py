@@ -31,6 +31,7 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.metrics.ratio import Ratio
+from zoo.metrics.registry import metric
 
 
 def slot_labels(predicted: Tensor, masks: Tensor) -> Tensor:
@@ -127,6 +128,7 @@ def bind(overlap: Tensor) -> tuple[Tensor, Tensor]:
     return slot.masked_fill(found == 0, -1), found
 
 
+@metric("foreground_ari")
 class ForegroundARI(Ratio):
     """Adjusted Rand index over the pixels of objects, mean over images; a video is one image.
 
@@ -157,6 +159,7 @@ class ForegroundARI(Ratio):
         self.add(found, ~found.isnan())
 
 
+@metric("matched_iou")
 class MatchedIoU(Ratio):
     """Intersection over union of objects with their slots, mean over objects, then over images.
 
@@ -191,6 +194,7 @@ class MatchedIoU(Ratio):
         self.add((found * there).sum(1) / number.clamp(min=1), number > 0)
 
 
+@metric("slot_consistency")
 class SlotConsistency(Ratio):
     """Share of objects, seen in two frames, that belong to the same slot in both.
 

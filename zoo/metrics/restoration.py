@@ -18,14 +18,18 @@ takes the target to know. `shadow_left` is lab_mae_shadow over that of the input
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, unknown
 from zoo.metrics.ratio import Ratio
-from zoo.pictures.colour import to_lab
+from zoo.metrics.registry import metric
+from zoo.pictures.colour import MATRICES, to_lab
 
 EPSILON = 1e-6
 """Under the root of the Charbonnier distance."""
@@ -60,6 +64,19 @@ def check_pair(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None
         )
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Refuse what is not the name of a figure.
+
+    Raises:
+        ZooError: A name is not one of `NAMES`, or there is none.
+    """
+    if isinstance(names, str) or not names:
+        raise ZooError(f"names={names!r} must be a list of at least one of: {', '.join(NAMES)}")
+    for name in names:
+        if name not in NAMES:
+            raise unknown("figure", name, NAMES)
+
+
 def over(values: Tensor, region: Tensor) -> Tensor:
     """Average a map over a region of each image.
 
@@ -92,6 +109,11 @@ def regions(region: Tensor) -> dict[str, Tensor]:
     return dict(zip(REGIONS, (torch.ones_like(region), region, ~region), strict=True))
 
 
+def region_of(name: str) -> str:
+    """Return the ending that says which region a figure is of, "" for the whole image."""
+    return next((part for part in REGIONS[1:] if part in name), "")
+
+
 def lab_errors(
     pred: Tensor, target: Tensor, region: Tensor, *, white: str = "D65"
 ) -> dict[str, Tensor]:
@@ -106,7 +128,12 @@ def lab_errors(
 
 
 def shadow_metrics(
-    pred: Tensor, target: Tensor, region: Tensor, *, white: str = "D65", filled: bool = True
+    pred: Tensor,
+    target: Tensor,
+    region: Tensor,
+    *,
+    white: str = "D65",
+    names: Sequence[str] = NAMES,
 ) -> dict[str, Tensor]:
     """Measure restored images, each on its own.
 
@@ -115,17 +142,20 @@ def shadow_metrics(
         target: (B, 3, H, W) in [0, 1].
         region: The shadow, (B, 1, H, W) bool.
         white: Of L*a*b*, "D65" or "D50".
-        filled: Compute the figures of whole images that are black outside a region as well.
+        names: Figures to compute, of `NAMES`.
 
     Returns:
         (B,) by name, NaN where an image lacks the region.
 
     Raises:
-        ZooError: Shapes that do not fit, images of fewer than 6 pixels a side, whose borders the
-            window of SSIM cannot mirror, or another white.
+        ZooError: Shapes that do not fit, another white or name, or for SSIM images of fewer than 6
+            pixels a side, whose borders its window cannot mirror.
     """
     check_pair(pred, target, region)
-    if min(pred.shape[2:]) < SMALLEST:
+    check_names(names)
+    kinds = {name.partition("_")[0] for name in names}
+    filled = any(name.endswith("_filled") for name in names)
+    if "ssim" in kinds and min(pred.shape[2:]) < SMALLEST:
         raise ZooError(
             f"pred of shape {tuple(pred.shape)} is too small for SSIM; allowed: a height and width "
             f"of at least {SMALLEST}"
@@ -133,18 +163,33 @@ def shadow_metrics(
     if region.dtype != torch.bool:
         raise ZooError(f"region has dtype {region.dtype}; allowed: bool, True in the shadow")
     pred, target = pred.float().clamp(0, 1), target.float()
-    found = lab_errors(pred, target, region, white=white)
+    found = lab_errors(pred, target, region, white=white) if "lab" in kinds else {}
+    if "psnr" in kinds:
+        found |= _psnr(pred, target, region, filled)
+    if "ssim" in kinds:
+        found |= _ssim(pred, target, region, filled)
+    return {name: found[name] for name in names}
+
+
+def _psnr(pred: Tensor, target: Tensor, region: Tensor, filled: bool) -> dict[str, Tensor]:
     error = (pred - target).square().mean(1, keepdim=True)
-    likeness = ssim_map(pred, target)
+    found = {}
     for name, part in regions(region).items():
         found[f"psnr{name}"] = decibels(over(error, part))
+        if name and filled:
+            whole = decibels((error * part).flatten(1).mean(1))
+            found[f"psnr{name}_filled"] = whole.where(part.flatten(1).any(1), torch.nan)
+    return found
+
+
+def _ssim(pred: Tensor, target: Tensor, region: Tensor, filled: bool) -> dict[str, Tensor]:
+    likeness = ssim_map(pred, target)
+    found = {}
+    for name, part in regions(region).items():
         found[f"ssim{name}"] = over(likeness, part)
         if name and filled:
-            missing = ~part.flatten(1).any(1)
-            whole = decibels((error * part).flatten(1).mean(1))
             alike = ssim_map(pred * part, target * part).flatten(1).mean(1)
-            found[f"psnr{name}_filled"] = whole.masked_fill(missing, torch.nan)
-            found[f"ssim{name}_filled"] = alike.masked_fill(missing, torch.nan)
+            found[f"ssim{name}_filled"] = alike.where(part.flatten(1).any(1), torch.nan)
     return found
 
 
@@ -169,6 +214,53 @@ def shrunk(image: Tensor, side: int) -> Tensor:
     """Scale images (B, C, H, W) to a square of that side by cubic interpolation, within [0, 1]."""
     scaled = F.interpolate(image, (side, side), mode="bicubic", antialias=True)
     return scaled.clamp(0, 1)
+
+
+@metric("shadow_removal")
+class ShadowRemoval(Metric):
+    """How well shadows were removed, mean over the images that have the region, by figure.
+
+    Args:
+        white: Of L*a*b*, "D65" or "D50".
+        names: Figures to compute, of `NAMES`.
+
+    Raises:
+        ZooError: Another white or name.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, white: str = "D65", names: Sequence[str] = NAMES) -> None:
+        super().__init__()
+        if white not in MATRICES:
+            raise unknown("white", white, MATRICES)
+        check_names(names)
+        self.white, self.names = white, tuple(names)
+        for state in ("total", "count"):
+            zeros = torch.zeros(len(self.names), dtype=torch.float64)
+            self.add_state(state, zeros, dist_reduce_fx="sum")
+
+    def update(self, pred: Tensor, target: Tensor, region: Tensor) -> None:
+        """Take in a batch.
+
+        Args:
+            pred: (B, 3, H, W).
+            target: (B, 3, H, W) in [0, 1].
+            region: The shadow, (B, 1, H, W) bool.
+        """
+        found = shadow_metrics(pred, target, region, white=self.white, names=self.names)
+        there = {name: part.flatten(1).any(1) for name, part in regions(region).items()}
+        asked = [there[region_of(name)] for name in self.names]
+        sums = [found[name][those].sum() for name, those in zip(self.names, asked, strict=True)]
+        self.total += torch.stack(sums)
+        self.count += torch.stack([those.sum() for those in asked])
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the means by name; NaN where no image had the region."""
+        return dict(zip(self.names, (self.total / self.count).float().unbind(), strict=True))
 
 
 class OverImages(Ratio):

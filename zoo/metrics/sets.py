@@ -29,6 +29,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from zoo.errors import ZooError, unknown
 from zoo.metrics.ratio import Ratio
+from zoo.metrics.registry import metric
 
 COSTS = ("huber", "mse")
 THRESHOLDS = (float("inf"), 1.0, 0.5, 0.25, 0.125)
@@ -119,6 +120,7 @@ def set_errors(predicted: Tensor, wanted: Tensor, cost: str = "huber") -> Tensor
     return error(chosen.float(), wanted.float(), cost)
 
 
+@metric("set_error")
 class SetError(Ratio):
     """Cost of a set after matching, mean over targets.
 
@@ -197,6 +199,7 @@ def average_precision(scores: Tensor, right: Tensor, objects: Tensor) -> Tensor:
     return ((best * ranked).sum() / objects).float()
 
 
+@metric("set_precision")
 class SetPrecision(Metric):
     """Average precision of predicted objects at several distances, by name: ap_inf, ap_1, ...
 

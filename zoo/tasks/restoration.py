@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from zoo import checks
@@ -13,12 +14,9 @@ from zoo.metrics.restoration import (
     GAIN,
     INPUT,
     NAMES,
-    REGIONS,
     OverImages,
+    ShadowRemoval,
     best_gain,
-    lab_errors,
-    regions,
-    shadow_metrics,
     shrunk,
 )
 from zoo.pictures.colour import MATRICES, to_lab
@@ -48,9 +46,11 @@ class RestorationFigures(Figures):
 
     def __init__(self, white: str = "D65", side: int | None = None) -> None:
         super().__init__()
-        self.white, self.side = white, side
-        for name in (*NAMES, *INPUT, *GAIN, "loss"):
-            self.add_module(name, OverImages())
+        self.side = side
+        self.output = ShadowRemoval(white)
+        self.input = ShadowRemoval(white, [name.removesuffix("_input") for name in INPUT])
+        self.gain = ShadowRemoval(white, [name.removesuffix("_gain") for name in GAIN])
+        self.loss = OverImages()
 
     def update(self, logits: Tensor, batch: Batch) -> None:
         """Take in outputs (B, 3, H, W)."""
@@ -58,23 +58,22 @@ class RestorationFigures(Figures):
         region = shadow_of(batch)
         output = logits.float().clamp(0, 1)
         loss = ((output - target).square() + EPSILON).sqrt().flatten(1).mean(1)
+        self.loss.update(loss, torch.ones_like(loss, dtype=torch.bool))
         if self.side is not None:
             output, image, target = (shrunk(x, self.side) for x in (output, image, target))
             region = shrunk(region.float(), self.side) > 0.5
-        found = shadow_metrics(output, target, region, white=self.white)
-        before = shadow_metrics(image, target, region, white=self.white, filled=False)
-        gained = best_gain(image, target, region).clamp(0, 1)
-        after = lab_errors(gained, target, region, white=self.white)
-        found |= {name: before[name.removesuffix("_input")] for name in INPUT}
-        found |= {name: after[name.removesuffix("_gain")] for name in GAIN}
-        there = {name: part.flatten(1).any(1) for name, part in regions(region).items()}
-        for name, values in {**found, "loss": loss}.items():
-            asked = there[next((part for part in REGIONS[1:] if part in name), "")]
-            self.get_submodule(name).update(values, asked)  # type: ignore[operator]
+        self.output.update(output, target, region)
+        self.input.update(image, target, region)
+        self.gain.update(best_gain(image, target, region), target, region)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the figures by name."""
-        found = {name: metric.compute() for name, metric in self.named_children()}  # type: ignore[operator]
+        found = {
+            **self.output.compute(),
+            **{f"{name}_input": value for name, value in self.input.compute().items()},
+            **{f"{name}_gain": value for name, value in self.gain.compute().items()},
+            "loss": self.loss.compute(),
+        }
         found["shadow_left"] = found["lab_mae_shadow"] / found["lab_mae_shadow_input"]
         return found
 

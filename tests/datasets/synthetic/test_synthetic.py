@@ -182,3 +182,26 @@ def test_the_base_class_asks_for_a_generator():
     base = SyntheticData()
     with pytest.raises(NotImplementedError):
         base.generate()
+
+
+# What a fingerprint names the data by; another set of names would orphan the published records.
+PARAMETERS = {
+    "count_ones": "max_ones seq_len",
+    "counting": "increment_weight max_statements max_value min_statements pass_weight seq_len "
+    "set_weight variables",
+    "delete_and_copy": "items seq_len types",
+    "flip_flop": "p_ignore seq_len",
+    "induction": "seq_len vocab_size",
+    "mqar": "pairs power_a random_non_queries seq_len vocab_size",
+    "needle": "seq_len",
+    "noisy_recall": "noise seq_len vocab_size",
+    "parity": "seq_len",
+    "selective_copy": "copies seq_len vocab_size",
+}
+
+
+def test_parameters_are_the_options_that_every_split_starts_from(task, small):
+    data = small(task)
+    found = data.parameters()
+    assert sorted(found) == PARAMETERS[task].split()
+    assert found == {name: getattr(data, name) for name in found}

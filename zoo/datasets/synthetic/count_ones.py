@@ -95,10 +95,6 @@ class CountOnes(SyntheticData):
         """Return the generator."""
         return count_ones
 
-    def parameters(self) -> dict[str, Any]:
-        """Return the parameters of training, validation and the test set "test"."""
-        return {"seq_len": self.seq_len, "max_ones": self.max_ones}
-
     def variants(self) -> dict[str, dict[str, Any]]:
         """Return the test sets of other lengths."""
         return {str(length): {"seq_len": length} for length in self._lengths}

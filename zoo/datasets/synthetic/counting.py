@@ -236,14 +236,6 @@ class Counting(SyntheticData):
         """Return the generator."""
         return counting
 
-    def parameters(self) -> dict[str, Any]:
-        """Return the parameters of training, validation and the test set "test"."""
-        names = (
-            *("seq_len", "variables", "max_value", "min_statements", "max_statements"),
-            *("set_weight", "increment_weight", "pass_weight"),
-        )
-        return {name: getattr(self, name) for name in names}
-
     def variants(self) -> dict[str, dict[str, Any]]:
         """Return the test sets with longer programs."""
         return {

@@ -38,7 +38,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +127,3 @@ class DeleteAndCopy(SyntheticData):
     def generate(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """Return the generator."""
         return delete_and_copy
-
-    def parameters(self) -> dict[str, Any]:
-        """Return the parameters of training, validation and the test set "test"."""
-        return {"seq_len": self.seq_len, "types": self.types, "items": self.items}

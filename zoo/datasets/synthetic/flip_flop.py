@@ -96,10 +96,6 @@ class FlipFlop(SyntheticData):
         """Return the generator."""
         return flip_flop
 
-    def parameters(self) -> dict[str, Any]:
-        """Return the parameters of training, validation and the test set "test"."""
-        return {"seq_len": self.seq_len, "p_ignore": self.p_ignore}
-
     def variants(self) -> dict[str, dict[str, Any]]:
         """Return the sparse and the dense test set."""
         return {"sparse": {"p_ignore": self.p_sparse}, "dense": {"p_ignore": self.p_dense}}

@@ -78,10 +78,6 @@ class Induction(SyntheticData):
         """Return the generator."""
         return induction
 
-    def parameters(self) -> dict[str, Any]:
-        """Return the parameters of training, validation and the test set "test"."""
-        return {"vocab_size": self.vocab_size, "seq_len": self.seq_len}
-
     def variants(self) -> dict[str, dict[str, Any]]:
         """Return the test sets of other lengths."""
         return {f"len{length}": {"seq_len": length} for length in self._lengths}

@@ -124,16 +124,6 @@ class MQAR(SyntheticData):
         """Return the generator."""
         return mqar
 
-    def parameters(self) -> dict[str, Any]:
-        """Return the parameters of training, validation and the test set "test"."""
-        return {
-            "vocab_size": self.vocab_size,
-            "seq_len": self.seq_len,
-            "pairs": self.pairs,
-            "power_a": self.power_a,
-            "random_non_queries": self.random_non_queries,
-        }
-
     def variants(self) -> dict[str, dict[str, Any]]:
         """Return the further test sizes."""
         return {f"len{n}_pairs{k}": {"seq_len": n, "pairs": k} for n, k in self._sizes}

@@ -108,10 +108,6 @@ class Needle(SyntheticData):
         """Return the generator."""
         return needle
 
-    def parameters(self) -> dict[str, Any]:
-        """Return the parameters of training, validation and the test set "test"."""
-        return {"seq_len": self.seq_len}
-
     def variants(self) -> dict[str, dict[str, Any]]:
         """Return the test sets of other lengths, and those of one depth."""
         found: dict[str, dict[str, Any]] = {str(n): {"seq_len": n} for n in self._lengths}

@@ -109,10 +109,6 @@ class NoisyRecall(SyntheticData):
         """Return the generator."""
         return noisy_recall
 
-    def parameters(self) -> dict[str, Any]:
-        """Return the parameters of training, validation and the test set "test"."""
-        return {"vocab_size": self.vocab_size, "seq_len": self.seq_len, "noise": self.noise}
-
     def variants(self) -> dict[str, dict[str, Any]]:
         """Return the test sets with other noise, and those of other lengths."""
         found: dict[str, dict[str, Any]] = {f"noise{100 * p:g}": {"noise": p} for p in self._noises}

@@ -113,10 +113,6 @@ class Parity(SyntheticData):
         """Return the generator."""
         return parity
 
-    def parameters(self) -> dict[str, Any]:
-        """Return the parameters of training, validation and the test set "test"."""
-        return {"seq_len": self.seq_len}
-
     def variants(self) -> dict[str, dict[str, Any]]:
         """Return the test sets of other lengths."""
         return {str(n): {"seq_len": n, "asked_from": self.seq_len} for n in self._lengths}

@@ -98,10 +98,6 @@ class SelectiveCopy(SyntheticData):
         """Return the generator."""
         return selective_copy
 
-    def parameters(self) -> dict[str, Any]:
-        """Return the parameters of training, validation and the test set "test"."""
-        return {"vocab_size": self.vocab_size, "seq_len": self.seq_len, "copies": self.copies}
-
     def variants(self) -> dict[str, dict[str, Any]]:
         """Return the test sets with another number of blanks."""
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.datasets.generated import EVAL_SEED, Blocks, GeneratedData
+from zoo.datasets.generated import Draw, GeneratedData
 
 BLOCK = GeneratedData.block
 
@@ -51,8 +52,17 @@ class SyntheticData(GeneratedData):
         raise NotImplementedError
 
     def parameters(self) -> dict[str, Any]:
-        """Return the parameters of training, validation and the test set "test"."""
-        raise NotImplementedError
+        """Return the parameters of training, validation and the test set "test".
+
+        These are the options that the task's function asks for by name; what has a default there
+        belongs to further test sets.
+        """
+        asked = inspect.signature(self.generate()).parameters.values()
+        return {
+            parameter.name: getattr(self, parameter.name)
+            for parameter in asked
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+        }
 
     def variants(self) -> dict[str, dict[str, Any]]:
         """Return the further test sets, each with the parameters that differ."""
@@ -84,11 +94,9 @@ class SyntheticData(GeneratedData):
         """Return the parameters of a split."""
         return {**self.parameters(), **self.variants().get(split, {})}
 
-    def stream(self, split: str) -> Blocks:
-        """Return the endless stream that a split is the beginning of."""
-        seed = self.seed if split == "train" else EVAL_SEED
-        function = partial(self.generate(), **self.arguments(split))
-        return Blocks(partial(_columns, function), (self.name, self.version, seed, split), BLOCK)
+    def drawn_by(self, split: str) -> Draw:
+        """Return what draws the examples of a split."""
+        return partial(_columns, partial(self.generate(), **self.arguments(split)))
 
     def eval_rows(self, split: str) -> int:
         """Return the examples per batch of a finite split, fewer where they are longer."""

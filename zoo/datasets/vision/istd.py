@@ -17,14 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from zoo import checks
 from zoo.datasets.base import DataModule, content_hash
 from zoo.datasets.batches import Source
 from zoo.datasets.order import Order, Stream
 from zoo.datasets.registry import dataset
+from zoo.datasets.vision.colour_images import MaskedImages
 from zoo.datasets.vision.images import permutation
 from zoo.datasets.vision.istd_files import TARGETS, Crops, Files, Triplet, Whole, find, read
 from zoo.datasets.vision.object_files import Unreadable
@@ -39,7 +37,7 @@ EMBEDDED = (
 
 @dataset("istd")
 @dataclass(kw_only=True, eq=False, repr=False)
-class ISTD(DataModule):
+class ISTD(MaskedImages, DataModule):
     """Photographs with a shadow, its mask, and the same without, in a local folder as ISTD's.
 
     Triplets that lack a file, or have one that cannot be read, are left out with a warning that
@@ -110,15 +108,6 @@ class ISTD(DataModule):
         self._alike: dict[str, bool] = {}
         self._digest = ""
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels of a training crop, height and width."""
-        return 3, self.height, self.width
-
-    def model_facts(self) -> dict[str, Any]:
-        """Return image_shape."""
-        return {"image_shape": self.image_shape}
-
     def task_facts(self) -> dict[str, Any]:
         """Return how images are evaluated, and whether to add the perceptual loss."""
         return {
@@ -127,11 +116,6 @@ class ISTD(DataModule):
             "white": self.white,
             "perceptual": self.perceptual,
         }
-
-    def example(self) -> tuple[Tensor, ...]:
-        """Return an image (1, 3, H, W) and a mask (1, 1, H, W)."""
-        mask = torch.zeros(1, 1, self.height, self.width, dtype=torch.bool)
-        return torch.zeros(1, *self.image_shape), mask
 
     def load(self) -> None:
         """Read all files once.

@@ -33,6 +33,7 @@ from zoo.datasets.batches import Source
 from zoo.datasets.order import Epochs, Order
 from zoo.datasets.registry import dataset
 from zoo.datasets.vision import object_files
+from zoo.datasets.vision.colour_images import ObjectImages
 from zoo.datasets.vision.images import permutation
 from zoo.datasets.vision.object_files import Entry, Unreadable
 from zoo.errors import ZooError
@@ -82,7 +83,7 @@ class Examples:
 
 @dataset("object_folders")
 @dataclass(kw_only=True, eq=False, repr=False)
-class ObjectFolders(DataModule):
+class ObjectFolders(ObjectImages, DataModule):
     """Images or videos of objects in a local folder laid out as CLEVR or MOVi, masks optional.
 
     Files that cannot be read are left out with a warning that names them; `skipped` holds them all.
@@ -142,15 +143,6 @@ class ObjectFolders(DataModule):
         self._splits: dict[str, Examples] = {}
         self._found: tuple[str, list[Entry]] | None = None
         self._digest = ""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        return 3, self.height, self.width
-
-    def model_facts(self) -> dict[str, Any]:
-        """Return image_shape and max_objects."""
-        return {"image_shape": self.image_shape, "max_objects": self.max_objects}
 
     def example(self) -> tuple[Tensor, ...]:
         """Return an image (1, 3, H, W), or a video (1, T, 3, H, W) if the folder holds videos."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from zoo import checks
-from zoo.datasets.generated import EVAL_SEED, Blocks, GeneratedData
+from zoo.datasets.generated import Draw, GeneratedData
 from zoo.datasets.order import generator
 from zoo.datasets.registry import dataset
 
@@ -168,13 +168,11 @@ class SameDifferent(GeneratedData):
         """Return the parameters of training, validation and the test set "test"."""
         return {name: getattr(self, name) for name in ("cells", "distractors", "noise", "jitter")}
 
-    def stream(self, split: str) -> Blocks:
-        """Return the endless stream that a split is the beginning of."""
+    def drawn_by(self, split: str) -> Draw:
+        """Return what draws the examples of a split."""
         changed: dict[str, dict[str, Any]] = {
             "new": {"new": True},
             "crowded": {"distractors": self.cells**2 - 2},
         }
         options = {**self.parameters(), **changed.get(split, {})}
-        seed = self.seed if split == "train" else EVAL_SEED
-        draw = functools.partial(same_different, **options)
-        return Blocks(draw, (self.name, self.version, seed, split), self.block)
+        return functools.partial(same_different, **options)

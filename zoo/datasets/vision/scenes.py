@@ -30,6 +30,7 @@ from zoo import checks
 from zoo.datasets.generated import GeneratedData
 from zoo.datasets.registry import dataset
 from zoo.datasets.vision import sprites
+from zoo.datasets.vision.colour_images import ObjectImages
 from zoo.datasets.vision.sprites import Look
 from zoo.errors import ZooError
 
@@ -49,7 +50,7 @@ def named(option: str, values: object, known: Sequence[str]) -> tuple[str, ...]:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class SceneData(GeneratedData):
+class SceneData(ObjectImages, GeneratedData):
     """Base of the drawn scenes: what is in them and how it is drawn.
 
     Args:
@@ -131,19 +132,6 @@ class SceneData(GeneratedData):
                 f"sizes holds {min(sizes)}, a box of {side:.1f}x{side:.1f} pixels, which cannot "
                 f"show min_visible={self.min_visible} pixels"
             )
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        return 3, self.height, self.width
-
-    def model_facts(self) -> dict[str, Any]:
-        """Return image_shape and max_objects."""
-        return {"image_shape": self.image_shape, "max_objects": self.max_objects}
-
-    def example(self) -> tuple[Tensor, ...]:
-        """Return an image (1, 3, H, W)."""
-        return (torch.zeros(1, *self.image_shape),)
 
     def parameters(self) -> dict[str, Any]:
         """Return all that the scenes depend on."""

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from zoo import checks
 from zoo.datasets.base import content_hash
-from zoo.datasets.generated import EVAL_SEED, Blocks, GeneratedData
+from zoo.datasets.generated import Draw, GeneratedData
 from zoo.datasets.registry import dataset
 from zoo.datasets.vision import shadow_synthesis
+from zoo.datasets.vision.colour_images import MaskedImages
 
 COLUMNS = {"train": ((0, 252), (520, 640)), "val": ((260, 384),), "test": ((392, 512),)}
 """First column and the one after the last that the crops of a split lie between."""
@@ -77,7 +78,7 @@ def crops(split: str, rows: int, height: int, width: int, source: torch.Generato
 
 @dataset("shadows")
 @dataclass(kw_only=True, eq=False, repr=False)
-class Shadows(GeneratedData):
+class Shadows(MaskedImages, GeneratedData):
     """Synthetic soft shadows on crops of two photographs, with masks and the crops without them.
 
     The photographs come with scikit-learn; no download. The three splits are from different parts
@@ -135,20 +136,6 @@ class Shadows(GeneratedData):
             raise checks.wrong(option, ends, "two numbers, the first not above the second")
         return float(ends[0]), float(ends[1])
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels of an image, height and width."""
-        return 3, self.height, self.width
-
-    def model_facts(self) -> dict[str, Any]:
-        """Return image_shape."""
-        return {"image_shape": self.image_shape}
-
-    def example(self) -> tuple[Tensor, ...]:
-        """Return an image (1, 3, H, W) and a mask (1, 1, H, W)."""
-        mask = torch.zeros(1, 1, self.height, self.width, dtype=torch.bool)
-        return torch.zeros(1, *self.image_shape), mask
-
     def parameters(self) -> dict[str, Any]:
         """Return all that the examples depend on."""
         return {
@@ -177,8 +164,6 @@ class Shadows(GeneratedData):
         mask = shadow_synthesis.misdrawn(region, self.mask_error, source)
         return {"image": image, "mask": mask[:, None], "target": target, "region": region[:, None]}
 
-    def stream(self, split: str) -> Blocks:
-        """Return the endless stream that a split is the beginning of."""
-        seed = self.seed if split == "train" else EVAL_SEED
-        key = (self.name, self.version, seed, split)
-        return Blocks(partial(self.draw, split=split), key, self.block)
+    def drawn_by(self, split: str) -> Draw:
+        """Return what draws the examples of a split."""
+        return partial(self.draw, split=split)
