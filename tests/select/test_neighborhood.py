@@ -447,7 +447,7 @@ def test_torch_func_takes_another_form():
         ({"stride": (1, 0)}, r"stride=0 of axis 1"),
         ({"kernel_size": (3, 3, 3)}, r"3 entries for 2 axes"),
         ({"kernel_size": 3.0}, r"kernel_size=3.0"),
-        ({"is_causal": 1}, r"is_causal=1 must be bool"),
+        ({"is_causal": 1}, r"is_causal=1 must be True or False"),
         ({"shape": (4, 4)}, r"\(2, 4, 20, 5\).*16"),
         ({"shape": (1, 2, 2, 5)}, r"shape=.*1 to 3"),
         ({"k": draw(2, 2, 19, 5)}, r"k of shape.*20"),

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from zoo import checks
 from zoo.errors import ZooError, unknown
 from zoo.kernels import refuse
 from zoo.parts import check_cu_seqlens, full_precision, repeat_heads
@@ -79,8 +80,7 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> None:
     for name, value in (("block", block), ("topk", topk)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ZooError(f"{name}={value!r} must be a whole number of at least 1")
+        checks.whole(name, value)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is not None and x.ndim != 4:
             raise ZooError(f"{name} has shape {tuple(x.shape)}; allowed: (B, heads, N, width)")

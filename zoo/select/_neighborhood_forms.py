@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo import checks
 from zoo.errors import ZooError, unknown
 from zoo.ops.partial import merge, partial_attention
 from zoo.parts import full_precision, mask_scores, repeat_heads
@@ -22,7 +23,14 @@ T = TypeVar("T")
 BACKENDS = ("auto", "reference", "gather", "torch", "flex", "triton")
 
 
-def per_axis(name: str, value: T | Sequence[T], ndim: int, kind: type[T]) -> tuple[T, ...]:
+def any_whole(name: str, value: object, *, also: str) -> int:
+    """A whole number; `check_sizes` knows the bounds, and names the axis."""
+    return checks.whole(name, value, None, also=also)
+
+
+def per_axis(
+    name: str, value: T | Sequence[T], ndim: int, check: Callable[..., T]
+) -> tuple[T, ...]:
     """One value for each axis.
 
     Raises:
@@ -31,9 +39,7 @@ def per_axis(name: str, value: T | Sequence[T], ndim: int, kind: type[T]) -> tup
     values = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
     if len(values) != ndim:
         raise ZooError(f"{name}={value!r} has {len(values)} entries for {ndim} axes")
-    if any(type(item) is not kind for item in values):
-        raise ZooError(f"{name}={value!r} must be {kind.__name__}, one or one for each axis")
-    return values
+    return tuple(check(name, item, also="one or one for each axis") for item in values)
 
 
 def make_windows(
@@ -83,14 +89,18 @@ def make_grid(
     Raises:
         ZooError: As there.
     """
-    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-    if not 1 <= len(sizes) <= 3 or any(type(n) is not int or n < 1 for n in sizes):
-        raise ZooError(f"shape={shape!r} must be 1 to 3 whole numbers of at least 1")
+    also = "one for each of 1 to 3 axes"
+    if isinstance(shape, Sequence):
+        sizes = checks.wholes("shape", shape, also=also)
+    else:
+        sizes = (checks.whole("shape", shape, also=also),)
     ndim = len(sizes)
-    kernel = per_axis("kernel_size", kernel_size, ndim, int)
-    steps = per_axis("dilation", dilation, ndim, int)
-    strides = per_axis("stride", stride, ndim, int)
-    causal = per_axis("is_causal", is_causal, ndim, bool)
+    if ndim > 3:
+        raise checks.wrong("shape", shape, "1 to 3 whole numbers of at least 1")
+    kernel = per_axis("kernel_size", kernel_size, ndim, any_whole)
+    steps = per_axis("dilation", dilation, ndim, any_whole)
+    strides = per_axis("stride", stride, ndim, any_whole)
+    causal = per_axis("is_causal", is_causal, ndim, checks.flag)
     check_sizes(kernel, steps, strides, sizes)
     return Grid(sizes, make_windows(kernel, strides, causal), steps)
 
