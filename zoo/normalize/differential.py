@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import checks
-from zoo.errors import ZooError
 from zoo.host.routes import refuse_masks
 from zoo.parts import Call, Host, Layout, Normalize, Route, mask_scores, repeat_heads
 from zoo.registry import Paper, Taxonomy, register
@@ -182,11 +181,8 @@ class Differential(Normalize):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if layout.qk_dim % 2:
-            raise ZooError(
-                f"head_dim={layout.qk_dim} must be even: 'differential' halves it for q and k; "
-                f"nearest allowed {layout.qk_dim + 1}"
-            )
+        also = "since it is halved for q and k"
+        checks.multiple("head_dim", layout.qk_dim, 2, of="differential", also=also)
         checks.choice("kv_grouping of 'differential'", kv_grouping, GROUPINGS)
         eps = checks.number("eps", eps, above=0)
         depth = checks.whole("depth", depth, 0, also="as layers count from 0")

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from zoo import checks
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 from zoo.normalize._landmark_blocks import BlockAttention
 from zoo.normalize._landmark_memory import SELECTIONS, recall
 from zoo.normalize._landmark_weights import (
@@ -95,8 +95,7 @@ def landmark_attention(
         ZooError: Shapes that do not fit, landmarks in the wrong places, or a backend that cannot.
     """
     block = checks.whole("block", block)
-    if backend not in BACKENDS:
-        raise unknown("backend of landmark_attention", backend, BACKENDS)
+    checks.choice("backend of landmark_attention", backend, BACKENDS)
     check_tensors(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if is_landmark is not None and backend != "reference":

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from zoo import checks
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 from zoo.parts import Layout, Position
 from zoo.registry import Paper, Taxonomy, Traits, register
 
@@ -139,8 +139,7 @@ def rope_permute(weight: Tensor, heads: int, to: str = "half", fraction: float =
     Raises:
         ZooError: Unknown style, or sizes that do not fit.
     """
-    if to not in STYLES:
-        raise unknown("style 'to' of rope_permute", to, STYLES)
+    checks.choice("style 'to' of rope_permute", to, STYLES)
     if heads < 1 or weight.shape[0] % heads:
         raise ZooError(
             f"rope_permute: {weight.shape[0]} rows of weight are not divisible by heads={heads}"

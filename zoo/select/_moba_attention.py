@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo import checks
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 from zoo.kernels import refuse
 from zoo.parts import check_cu_seqlens, full_precision, repeat_heads
 from zoo.select._moba_gate import gate, lay_blocks, visible
@@ -176,8 +176,7 @@ def moba_attention(
             by name that cannot take these tensors.
     """
     _check(q, k, v, block, topk, cu_seqlens)
-    if backend not in BACKENDS:
-        raise unknown("backend", backend, BACKENDS)
+    checks.choice("backend", backend, BACKENDS)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend in ("auto", "triton"):
         by_name = backend == "triton"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo import checks
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 from zoo.ops.partial import merge, partial_attention
 from zoo.parts import full_precision, mask_scores, repeat_heads
 from zoo.select._flex import flex_windows, refuse_flex
@@ -64,12 +64,9 @@ def check_sizes(
         ZooError: Names the axis.
     """
     for axis, (w, d, s) in enumerate(zip(kernel, dilation, stride, strict=True)):
-        if w < 2:
-            raise ZooError(f"kernel_size={w} of axis {axis} must be at least 2")
-        if d < 1:
-            raise ZooError(f"dilation={d} of axis {axis} must be at least 1")
-        if not 1 <= s <= w:
-            raise ZooError(f"stride={s} of axis {axis} must lie between 1 and kernel_size={w}")
+        checks.whole("kernel_size", w, 2, also=f"on axis {axis}")
+        checks.whole("dilation", d, also=f"on axis {axis}")
+        checks.whole("stride", s, 1, w, also=f"the kernel_size on axis {axis}")
         if shape is not None and w * d > shape[axis]:
             raise ZooError(
                 f"kernel_size={w} times dilation={d} is above the {shape[axis]} tokens of axis "
@@ -348,8 +345,7 @@ def neighborhood_attention(
     grid = make_grid(shape, kernel_size, dilation, stride, is_causal)
     check_tensors(q, k, v, grid, rpb, key_bias, dropout)
     extra = check_extra(q, k, v, additional_keys, additional_values)
-    if backend not in BACKENDS:
-        raise unknown("backend", backend, BACKENDS)
+    checks.choice("backend", backend, BACKENDS)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     by_name = backend != "auto"
     key_bias = None if key_bias is None else key_bias.detach()

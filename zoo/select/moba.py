@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from zoo import checks
 from zoo.cache import LayerCache
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 from zoo.host.routes import SDPA, refuse_masks
 from zoo.kernels import refuse as refuse_kernel
 from zoo.parts import Call, Host, Layout, Route, Select, Strip
@@ -230,8 +230,7 @@ class MoBA(Select):
         Raises:
             ZooError: Any other mode.
         """
-        if mode not in MODES:
-            raise unknown("mode", mode, MODES)
+        checks.choice("mode", mode, MODES)
         self.mode = mode
 
     def advance(self, done: float) -> None:
