@@ -36,7 +36,8 @@ def per_axis(
     Raises:
         ZooError: Another number of values, or another type.
     """
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    values: tuple[T, ...] = tuple(value) if listed else (value,) * ndim  # type: ignore[arg-type,assignment]
     if len(values) != ndim:
         raise ZooError(f"{name}={value!r} has {len(values)} entries for {ndim} axes")
     return tuple(check(name, item, also="one or one for each axis") for item in values)
@@ -87,7 +88,7 @@ def make_grid(
         ZooError: As there.
     """
     also = "one for each of 1 to 3 axes"
-    if isinstance(shape, Sequence):
+    if isinstance(shape, Sequence) and not isinstance(shape, str):
         sizes = checks.wholes("shape", shape, also=also)
     else:
         sizes = (checks.whole("shape", shape, also=also),)

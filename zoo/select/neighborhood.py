@@ -384,7 +384,7 @@ def _axes(ndim: int | None, grid: tuple[int, ...] | None, kernel: int | Sequence
     """Number of axes that the options agree on."""
     found = ndim
     for name, value in (("grid", grid), ("kernel", kernel)):
-        if isinstance(value, Sequence):
+        if isinstance(value, Sequence) and not isinstance(value, str):
             if found is not None and found != len(value):
                 raise ZooError(f"{name}={value!r} has {len(value)} entries, but ndim is {found}")
             found = len(value)
