@@ -109,7 +109,7 @@ def test_crop_outside(length: int) -> None:
     cache = LayerCache()
     cache.extend("k", torch.zeros(1, 1, 4, 2))
     cache.length = 4
-    with pytest.raises(ZooError, match=f"crop length={length} must lie between 0 and 4"):
+    with pytest.raises(ZooError, match=f"crop length={length} must be a whole number from 0 to 4"):
         cache.crop(length)
 
 

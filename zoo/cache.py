@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from zoo import checks
 from zoo.errors import ZooError
 
 
@@ -122,8 +123,7 @@ class LayerCache:
         Raises:
             ZooError: As `crop`.
         """
-        if not 0 <= length <= self.length:
-            raise ZooError(f"crop length={length} must lie between 0 and {self.length}")
+        checks.whole("crop length", length, 0, self.length)
         if length == self.length:
             return
         if self._states:

@@ -18,6 +18,7 @@ from zoo.errors import ZooError, unknown
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_FAR = 10**15  # beyond, a float is no guide to whole numbers
 
 
 def whole(
@@ -42,18 +43,21 @@ def whole(
     Raises:
         ZooError: Not a whole number, or out of bounds.
     """
-    if _is_whole(value, low, high):
-        return int(value)  # type: ignore[call-overload]
-    raise wrong(name, value, f"a whole number{_bounds(low, high)}", of=of, also=also)
+    found = _whole(value, low, high)
+    if found is not None:
+        return found
+    allowed, nearest = f"a whole number{_bounds(low, high)}", _nearest(value, 1, low, high)
+    if isinstance(value, Integral) and (low is None or high is None):
+        nearest = []  # the one bound says it
+    raise wrong(name, value, allowed, of=of, also=also, nearest=nearest)
 
 
 def multiple(
     name: str,
     value: object,
-    step: int = 2,
+    step: int,
     low: int | None = None,
     *,
-    odd: bool = False,
     of: str = "",
     also: str = "",
 ) -> int:
@@ -63,23 +67,31 @@ def multiple(
         name: Name of the argument.
         value: Its value; True and False are no numbers.
         step: What divides it.
-        low: Smallest allowed value, itself a multiple; None for any above 0.
-        odd: Whether it must be odd instead, with a step of 2 and an odd `low`.
+        low: Smallest allowed value, itself a multiple; None for `step`.
         of: Name of the part or function whose argument it is.
         also: What else is allowed or usual.
 
     Raises:
         ZooError: Not a whole number, not a multiple, or too small.
     """
-    least = (1 if odd else step) if low is None else low
-    if _is_whole(value, least, None) and (value - least) % step == 0:  # type: ignore[operator]
-        return int(value)  # type: ignore[call-overload]
-    kind = "an odd number" if odd else "an even number" if step == 2 else f"a multiple of {step}"
-    nearest: list[int] = []
-    if _is_whole(value, None, None):
-        under = value - (value - least) % step  # type: ignore[operator]
-        nearest = sorted({max(least, under), max(least, under + step)})
-    raise wrong(name, value, f"{kind}{_bounds(least, None)}", of=of, also=also, nearest=nearest)
+    kind = "an even number" if step == 2 else f"a multiple of {step}"
+    return _stepped(name, value, kind, step, step if low is None else low, of, also)
+
+
+def odd(name: str, value: object, low: int = 1, *, of: str = "", also: str = "") -> int:
+    """Require an odd number.
+
+    Args:
+        name: Name of the argument.
+        value: Its value; True and False are no numbers.
+        low: Smallest allowed value, odd itself.
+        of: Name of the part or function whose argument it is.
+        also: What else is allowed or usual.
+
+    Raises:
+        ZooError: Not a whole number, even, or too small.
+    """
+    return _stepped(name, value, "an odd number", 2, low, of, also)
 
 
 def number(
@@ -224,20 +236,18 @@ def wholes(
     name: str,
     values: object,
     count: int | None = None,
-    low: int | None = 1,
-    high: int | None = None,
+    low: int = 1,
     *,
     of: str = "",
     also: str = "",
 ) -> tuple[int, ...]:
-    """Require whole numbers within bounds, both included.
+    """Require a sequence of whole numbers.
 
     Args:
         name: Name of the argument.
-        values: Its value, a sequence.
+        values: Its value.
         count: How many; None for one or more.
-        low: Smallest allowed value of each, or None.
-        high: Largest allowed value of each, or None.
+        low: Smallest allowed value of each.
         of: Name of the part or function whose argument it is.
         also: What else is allowed or usual.
 
@@ -246,12 +256,11 @@ def wholes(
     """
     right = isinstance(values, Iterable) and not isinstance(values, str | bytes)
     items = list(values) if right else []  # type: ignore[call-overload]
-    if (items if count is None else right and len(items) == count) and all(
-        _is_whole(item, low, high) for item in items
-    ):
-        return tuple(int(item) for item in items)
+    found = [_whole(item, low, None) for item in items]
+    if found and None not in found and count in (None, len(found)):
+        return tuple(found)  # type: ignore[arg-type]
     many = "whole numbers" if count is None else f"{count} whole numbers"
-    raise wrong(name, values, f"{many}{_bounds(low, high)}", of=of, also=also)
+    raise wrong(name, values, f"{many} of at least {low}", of=of, also=also)
 
 
 def image_shape(name: str, value: object) -> tuple[int, int, int]:
@@ -294,14 +303,37 @@ def wrong(
 
 
 def shown(value: object) -> str:
-    """Return a value as errors show it, cut to a length that is read."""
-    written = repr(value)
+    """Return a value as errors show it, in one line and cut to a length that is read."""
+    written = repr(value).replace("\n", " ")
     return written if len(written) <= 80 else written[:77] + "..."
 
 
-def _is_whole(value: object, low: int | None, high: int | None) -> bool:
-    right = isinstance(value, Integral) and not isinstance(value, bool)
-    return right and (low is None or value >= low) and (high is None or value <= high)  # type: ignore[operator]
+def _whole(value: object, low: int | None, high: int | None) -> int | None:
+    """Return the whole number within bounds that a value is, None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return None
+    found = int(value)
+    return found if (low is None or found >= low) and (high is None or found <= high) else None
+
+
+def _stepped(name: str, value: object, kind: str, step: int, low: int, of: str, also: str) -> int:
+    found = _whole(value, low, None)
+    if found is not None and (found - low) % step == 0:
+        return found
+    nearest = _nearest(value, step, low, None)
+    raise wrong(name, value, f"{kind} of at least {low}", of=of, also=also, nearest=nearest)
+
+
+def _nearest(value: object, step: int, low: int | None, high: int | None) -> list[int]:
+    """Return the allowed values on both sides of a number that is none of them."""
+    found = _number(value)
+    if found is None or not -_FAR < found < _FAR:
+        return []
+    first = 0 if low is None else low
+    under = first + math.floor((found - first) / step) * step
+    sides = {under, under if under == found else under + step}
+    least, most = (-_FAR if low is None else low), (_FAR if high is None else high)
+    return sorted({min(max(side, least), most) for side in sides})
 
 
 def _number(value: object) -> float | None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.cache import LayerCache
 from zoo.call import (
     Call,
@@ -465,8 +466,8 @@ def build(cls: type, facts: Mapping[str, Any], options: Mapping[str, Any]) -> An
     """
     wanted = inspect.signature(cls).parameters
     for name, value in options.items():
-        if isinstance(wanted[name].default, bool) and not isinstance(value, bool):
-            raise ZooError(f"{name}={value!r} of {cls.__name__} must be True or False")
+        if isinstance(wanted[name].default, bool):
+            checks.flag(name, value, of=cls.__name__)
     return cls(**{k: v for k, v in facts.items() if k in wanted}, **options)
 
 

@@ -216,7 +216,7 @@ def test_it_is_built_by_name_with_the_papers_options():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kernel": 4}, "kernel=4 must be odd"),
+        ({"kernel": 4}, "kernel=4 must be an odd number of at least 3"),
         ({"kernel": 1}, "kernel=1"),
         ({"dilation": 0}, "dilation=0"),
         ({"heads": 3}, "heads=3 must divide channels=8"),

@@ -260,7 +260,7 @@ def test_the_layout_of_the_host_is_kept():
 
 
 BAD = {
-    "channels": ({"channels": 6}, "channels=6 must be .* a multiple of 4"),
+    "channels": ({"channels": 6}, r"channels=6 must be a multiple of 4 .*\(nearest: 4, 8\)"),
     "no channels": ({"channels": 0}, "channels=0 must be"),
     "depth": ({"depth": -1}, "depth=-1 must be a whole number of at least 0, or 'auto'"),
     "depth name": ({"depth": "deep"}, "depth='deep' must be"),

@@ -342,5 +342,5 @@ def test_switches_are_read_as_yaml_and_python_write_them(word: str, shared: bool
 
 @pytest.mark.parametrize("value", ["no", 1, None, "'false'"])
 def test_a_switch_that_is_no_truth_value_is_refused(value: object) -> None:
-    with pytest.raises(ZooError, match=r"sep_key=.* of CoPE must be True or False"):
+    with pytest.raises(ZooError, match=r"sep_key=.* of 'CoPE' must be True or False"):
         zoo.create(f"cope(npos=4, sep_key={value})", 16, 2, causal=True)

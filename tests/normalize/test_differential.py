@@ -270,7 +270,7 @@ def test_depth_and_start_in_a_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head_dim": 7}, r"head_dim=7 must be even.*8"),
+        ({"head_dim": 7}, r"head_dim=7 of 'differential' must be an even .*6, 8"),
         ({"kv_grouping": "pairs"}, r"'pairs'.*did you mean 'pair'"),
         ({"eps": 0.0}, r"eps=0.0"),
         ({"depth": -1}, r"depth=-1"),

@@ -300,7 +300,7 @@ def test_decoding_equals_parallel(spec):
         ({"scaling": "ntk", "fraction": 0.25}, "needs 4 rotated channels"),
         ({"prefix": 1}, "prefix=1 of 'rope' has no effect without grid"),
         ({"prefix": -1}, "prefix=-1"),
-        ({"grid": 4}, "grid=4 of 'rope' must be two whole numbers"),
+        ({"grid": 4}, "grid=4 of 'rope' must be 2 whole numbers"),
         ({"grid": (4, 0)}, r"grid=\(4, 0\)"),
         ({"grid": (2, 2), "fraction": 0.25}, "multiple of 4"),
     ],

@@ -223,5 +223,5 @@ def test_runs_on_meta():
 
 
 def test_odd_dim_is_refused():
-    with pytest.raises(ZooError, match=r"dim=9 is odd.*nearest allowed: 8 or 10"):
+    with pytest.raises(ZooError, match=r"dim=9 of 'transformer_xl' .* even .*nearest: 8, 10"):
         zoo.create("transformer_xl", 9, 3)

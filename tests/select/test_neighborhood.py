@@ -434,16 +434,16 @@ def test_torch_func_takes_another_form():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kernel_size": 1}, r"kernel_size=1 of axis 0"),
-        ({"kernel_size": (3, 1)}, r"kernel_size=1 of axis 1"),
+        ({"kernel_size": 1}, r"kernel_size=1 must be .* at least 2, on axis 0"),
+        ({"kernel_size": (3, 1)}, r"kernel_size=1 must be .* at least 2, on axis 1"),
         ({"kernel_size": 6}, r"kernel_size=6.*4 tokens of axis 0"),
         ({"kernel_size": 2, "dilation": (1, 3)}, r"dilation=3.*5 tokens of axis 1"),
-        ({"dilation": 0}, r"dilation=0 of axis 0"),
-        ({"stride": 4}, r"stride=4 of axis 0"),
-        ({"stride": (1, 0)}, r"stride=0 of axis 1"),
+        ({"dilation": 0}, r"dilation=0 must be .* at least 1, on axis 0"),
+        ({"stride": 4}, r"stride=4 must be .* from 1 to 3 .*, the kernel_size on axis 0"),
+        ({"stride": (1, 0)}, r"stride=0 must be .* from 1 to 3 .* on axis 1"),
         ({"kernel_size": (3, 3, 3)}, r"3 entries for 2 axes"),
         ({"kernel_size": 3.0}, r"kernel_size=3.0"),
-        ({"is_causal": 1}, r"is_causal=1 must be bool"),
+        ({"is_causal": 1}, r"is_causal=1 must be True or False"),
         ({"shape": (4, 4)}, r"\(2, 4, 20, 5\).*16"),
         ({"shape": (1, 2, 2, 5)}, r"shape=.*1 to 3"),
         ({"k": draw(2, 2, 19, 5)}, r"k of shape.*20"),
@@ -472,7 +472,7 @@ def test_bad_input(change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel": 1}, r"kernel_size=1 of axis 0"),
+        ({"kernel": 1}, r"kernel_size=1 must be .* at least 2, on axis 0"),
         ({"kernel": 5, "grid": (4, 6)}, r"4 tokens of axis 0"),
         ({"kernel": 3, "grid": (6, 6), "ndim": 3}, r"ndim is 3"),
         ({"kernel": (3, 3), "grid": (6,)}, r"kernel=\(3, 3\)"),

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.errors import ZooError, unknown
+from zoo import checks
+from zoo.errors import ZooError
 from zoo.kernels import refuse
 from zoo.ops.linear import (
     CHUNK,
@@ -63,12 +64,9 @@ def lightning_attention(
         ZooError: An unknown mode or backend, shapes that do not fit, a slope below 0, a state in
             half precision, or a kernel that was asked for and cannot run.
     """
-    if mode not in tuple(FORMS):
-        raise unknown("mode", mode, FORMS)
-    if type(chunk) is not int or chunk < 1:
-        raise ZooError(f"chunk={chunk!r} must be a whole number of at least 1")
-    if backend not in ("auto", "torch", "triton", "reference"):
-        raise unknown("backend", backend, ("auto", "torch", "triton", "reference"))
+    checks.choice("mode", mode, FORMS)
+    chunk = checks.whole("chunk", chunk)
+    checks.choice("backend", backend, ("auto", "torch", "triton", "reference"))
     if mode != "chunk" and backend == "triton":
         raise ZooError(f"backend='triton' computes mode='chunk' only, not mode={mode!r}")
     if initial_state is not None and initial_state.dtype not in (torch.float32, torch.float64):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo import checks
 from zoo.errors import ZooError, unknown
 from zoo.ops.slopes import alibi_slopes
 
@@ -41,15 +42,14 @@ def decay_slopes(
         return tuple(8 * (h + start) / heads * factor for h in range(heads))
     if isinstance(decay, str):
         raise unknown("decay", decay, ("alibi", "paper", "fla"))
-    numbers = [decay] * heads if isinstance(decay, int | float) else list(decay)
+    if not isinstance(decay, Iterable):
+        return (-math.log(checks.number("decay", decay, above=0, high=1)),) * heads
+    numbers = checks.each(checks.number, distinct=False)("decay", decay, above=0, high=1)
     if len(numbers) != heads:
         raise ZooError(
             f"decay={decay!r} has {len(numbers)} numbers; allowed: one for each of the "
             f"{heads} heads"
         )
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 1:
-            raise ZooError(f"decay={decay!r}: {number!r} is not in (0, 1]")
     return tuple(-math.log(number) for number in numbers)
 
 

@@ -40,13 +40,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.attend._lightning_form import FORMS as FORMS
 from zoo.attend._lightning_form import lightning_attention as lightning_attention
 from zoo.attend._lightning_form import refuse_kernel, run_kernel
 from zoo.attend._lightning_parts import EPS, decay_slopes
 from zoo.attend._lightning_parts import srms_norm as srms_norm
 from zoo.attend._norm_gate import NORMS, norm_gate
-from zoo.errors import ZooError, unknown
 from zoo.ops._linear_features import ACTIVATIONS, Features
 from zoo.ops._linear_features import lrpe as lrpe
 from zoo.ops.linear import (
@@ -149,8 +149,7 @@ class Lightning(Attend):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if variant not in tuple(VARIANTS):
-            raise unknown("variant", variant, VARIANTS)
+        checks.choice("variant", variant, VARIANTS)
         preset = VARIANTS[variant]
         norm = preset["norm"] if norm is None else norm
         gate = preset["gate"] if gate is None else gate
@@ -159,11 +158,9 @@ class Lightning(Attend):
             ("norm", norm, NORMS),
             ("gate", gate, GATES),
         ):
-            if given not in allowed:
-                raise unknown(name, given, allowed)
+            checks.choice(name, given, allowed)
         for name, switch in (("lrpe", lrpe), ("value_act", value_act)):
-            if switch is not None and not isinstance(switch, bool):
-                raise ZooError(f"{name}={switch!r} must be True, False or None")
+            checks.optional(checks.flag)(name, switch)
         self.act = act
         self.value_act = preset["value_act"] if value_act is None else value_act
         self.slopes = decay_slopes(decay, layout.score_heads, depth, layers)

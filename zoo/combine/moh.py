@@ -36,7 +36,6 @@ FoPE. Temperatures, norms and biases of the vision variant are other sockets' bu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -46,6 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.combine._moh_router import (
     ROUTERS,
     balance_loss,
@@ -189,21 +189,19 @@ class MoH(Concat):
         super().__init__(dim, layout, bias, device, dtype)
         if router not in ROUTERS:
             raise unknown("router of 'moh'", router, ROUTERS)
-        number = isinstance(aux_weight, int | float) and not isinstance(aux_weight, bool)
-        if not number or not 0 <= aux_weight < math.inf:
-            raise ZooError(
-                f"aux_weight={aux_weight!r} of 'moh' must be a finite number of at least 0; the "
-                "default is 0.01"
-            )
+        also = "by default 0.01"
+        aux_weight = checks.number("aux_weight", aux_weight, 0, of="moh", also=also)
         heads = layout.heads
         if shared_heads is None:
             shared_heads = heads // (4 if router == "linear" else 2)
-        _check_count("shared_heads", shared_heads, 0, heads, f"{heads} heads")
+        also = f"with {heads} heads"
+        shared_heads = checks.whole("shared_heads", shared_heads, 0, heads, of="moh", also=also)
         routed = heads - shared_heads
         if top_k is None:
             top_k = min(routed, max(1, 3 * heads // 4 - shared_heads))
         least = min(1, routed)  # a routed head that is never on would be dead weight
-        _check_count("top_k", top_k, least, routed, f"{routed} routed heads")
+        also = f"with {routed} routed heads"
+        top_k = checks.whole("top_k", top_k, least, routed, of="moh", also=also)
         self.layout = layout
         self.shared_heads, self.routed_heads, self.top_k = shared_heads, routed, top_k
         self.router, self.aux_weight = router, float(aux_weight)
@@ -280,16 +278,6 @@ class MoH(Concat):
         return (
             f"shared_heads={self.shared_heads}, top_k={self.top_k} of {self.routed_heads}, "
             f"router={self.router}, aux_weight={self.aux_weight:g}"
-        )
-
-
-def _check_count(name: str, value: int, least: int, most: int, of: str) -> None:
-    if type(value) is not int or not least <= value <= most:
-        number = value if isinstance(value, int | float) and math.isfinite(value) else least
-        near = int(min(max(number, least), most))
-        raise ZooError(
-            f"{name}={value!r} of 'moh' must be a whole number from {least} to {most} with {of}; "
-            f"nearest allowed {name}={near}"
         )
 
 

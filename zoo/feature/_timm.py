@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.errors import ZooError
+from zoo import checks
 
 
 class TimmFeature(nn.Module):
@@ -28,10 +28,8 @@ class TimmFeature(nn.Module):
         from timm.layers import get_attn
 
         super().__init__()
-        if channels < 1:
-            raise ZooError(f"channels={channels!r} must be at least 1")
         make: Any = get_attn(name)
-        self.inner = make(channels, **options)
+        self.inner = make(checks.whole("channels", channels), **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the gated map (B, C, H, W)."""
@@ -44,5 +42,4 @@ def check_ratio(rd_ratio: float) -> None:
     Raises:
         ZooError: It is not in (0, 1].
     """
-    if not 0 < rd_ratio <= 1:
-        raise ZooError(f"rd_ratio={rd_ratio!r} must lie in (0, 1]")
+    checks.number("rd_ratio", rd_ratio, above=0, high=1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from zoo.errors import ZooError
+from zoo import checks
 from zoo.feature._timm import TimmFeature, check_ratio
 from zoo.registry import Paper, Taxonomy, Traits, register
 
@@ -61,7 +61,6 @@ class CBAM(TimmFeature):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_ratio(rd_ratio)
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ZooError(f"kernel_size={kernel_size!r} must be an odd number of at least 1")
+        kernel_size = checks.odd("kernel_size", kernel_size)
         options = {"rd_ratio": rd_ratio, "spatial_kernel_size": kernel_size}
         super().__init__("cbam", channels, {**options, "device": device, "dtype": dtype})

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from zoo.errors import ZooError
+from zoo import checks
 from zoo.feature._timm import TimmFeature
 from zoo.registry import Paper, Taxonomy, Traits, register
 
@@ -64,10 +64,9 @@ class EfficientChannelAttention(TimmFeature):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__("eca", channels, {"device": device, "dtype": dtype})
+        kernel_size = checks.optional(checks.odd)("kernel_size", kernel_size)
         if kernel_size is None:
             return
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ZooError(f"kernel_size={kernel_size!r} must be an odd number of at least 1")
         self.inner.conv = torch.nn.Conv1d(
             1, 1, kernel_size, padding=kernel_size // 2, bias=False, device=device, dtype=dtype
         )

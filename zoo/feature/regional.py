@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import ZooError, unknown
 from zoo.registry import Paper, Taxonomy, Traits, register
 from zoo.select.neighborhood import neighborhood_attention
@@ -169,26 +170,18 @@ class RegionalAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"channels": channels, "heads": heads, "kernel": kernel, "dilation": dilation}
-        for name, size in sizes.items():
-            least = 3 if name == "kernel" else 1
-            if type(size) is not int or size < least:
-                raise ZooError(f"{name}={size!r} must be a whole number of at least {least}")
-        if kernel % 2 == 0:
-            raise ZooError(f"kernel={kernel} must be odd, so that a window has a middle")
+        channels, heads = checks.whole("channels", channels), checks.whole("heads", heads)
+        kernel = checks.odd("kernel", kernel, 3, also="so that a window has a middle")
+        dilation = checks.whole("dilation", dilation)
         if channels % heads:
             raise ZooError(f"heads={heads} must divide channels={channels}")
         for name, flag in (("qkv_bias", qkv_bias), ("rel_pos_bias", rel_pos_bias)):
-            if not isinstance(flag, bool):
-                raise ZooError(f"{name}={flag!r} must be True or False")
+            checks.flag(name, flag)
         for name, rate in (("dropout", dropout), ("proj_dropout", proj_dropout)):
-            if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
-                raise ZooError(f"{name}={rate!r} must lie in [0, 1)")
-        for name, number in (("scale", scale), ("key_mask_bias", key_mask_bias)):
-            if number is not None and (isinstance(number, bool) or not math.isfinite(number)):
-                raise ZooError(f"{name}={number!r} must be a finite number or None")
-        if backend not in BACKENDS:
-            raise unknown("backend", backend, BACKENDS)
+            checks.number(name, rate, 0, below=1)
+        scale = checks.optional(checks.number)("scale", scale)
+        key_mask_bias = checks.optional(checks.number)("key_mask_bias", key_mask_bias)
+        checks.choice("backend", backend, BACKENDS)
         self.channels, self.heads, self.backend = channels, heads, backend
         self.kernel, self.dilation = kernel, dilation
         self.scale = (channels // heads) ** -0.5 if scale is None else scale

@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import ZooError, unknown
 from zoo.feature._residual_mask import (
     SMALLEST_NORM,
@@ -181,21 +182,15 @@ class AttentionModule(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if type(channels) is not int or channels < 4 or channels % 4:
-            raise ZooError(f"channels={channels!r} must be a whole number, a multiple of 4")
-        if depth != "auto" and (type(depth) is not int or depth < 0):
-            raise ZooError(f"depth={depth!r} must be a whole number of at least 0, or 'auto'")
-        for name, value, least in (("p", p, 0), ("t", t, 1), ("r", r, 0)):
-            if type(value) is not int or value < least:
-                raise ZooError(f"{name}={value!r} must be a whole number of at least {least}")
-        if mask not in MASKS:
-            raise unknown("mask", mask, MASKS)
-        if pool not in POOLS:
-            raise unknown("pool", pool, POOLS)
+        channels = checks.multiple("channels", channels, 4)
+        if depth != "auto":
+            depth = checks.whole("depth", depth, 0, also="or 'auto'")
+        p, t, r = checks.whole("p", p, 0), checks.whole("t", t), checks.whole("r", r, 0)
+        checks.choice("mask", mask, MASKS)
+        checks.choice("pool", pool, POOLS)
         flags = {"residual": residual, "extra_adds": extra_adds, "zero_init": zero_init}
         for name, flag in flags.items():
-            if not isinstance(flag, bool):
-                raise ZooError(f"{name}={flag!r} must be True or False")
+            checks.flag(name, flag)
         if extra_adds and depth == 0:
             raise ZooError("extra_adds=True adds after an interpolation; depth=0 has none")
         self.channels, self.depth, self.mask = channels, depth, mask

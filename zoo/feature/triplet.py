@@ -31,6 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import ZooError, unknown
 from zoo.feature._triplet_maps import gate, pool
 from zoo.feature._triplet_planes import PlaneConv
@@ -159,15 +160,10 @@ class TripletAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if channels is not None and (type(channels) is not int or channels < 1):
-            raise ZooError(f"channels={channels!r} must be a whole number of at least 1, or None")
-        if type(kernel_size) is not int or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ZooError(f"kernel_size={kernel_size!r} must be an odd whole number of at least 1")
-        if not isinstance(no_spatial, bool):
-            raise ZooError(f"no_spatial={no_spatial!r} must be True or False")
-        if type(bn_momentum) not in (int, float) or not 0.0 <= bn_momentum <= 1.0:
-            raise ZooError(f"bn_momentum={bn_momentum!r} must be a number in [0, 1]")
-        self.channels, self.kernel_size = channels, kernel_size
+        self.channels = checks.optional(checks.whole)("channels", channels)
+        self.kernel_size = kernel_size = checks.odd("kernel_size", kernel_size)
+        checks.flag("no_spatial", no_spatial)
+        bn_momentum = checks.number("bn_momentum", bn_momentum, 0, 1)
         self.branches = _choose(branches, no_spatial)
         self.route: str | None = None
         for name in self.branches:
@@ -228,13 +224,11 @@ def _choose(branches: Sequence[str] | None, no_spatial: bool) -> tuple[str, ...]
     """Branches in their usual order."""
     if branches is None:
         return tuple(name for name in AXES if not (no_spatial and name == "hw"))
-    if not isinstance(branches, list | tuple) or not branches:
-        raise ZooError(f"branches={branches!r} must be a list of some of {', '.join(AXES)}")
-    for name in branches:
-        if name not in AXES:
-            raise unknown("branch of 'triplet'", name, AXES)
-    if len(set(branches)) < len(branches):
-        raise ZooError(f"branches={branches!r} names a branch twice")
+    names = checks.several("branches", branches)
+    if not names:
+        raise checks.wrong("branches", branches, f"a list of some of {', '.join(AXES)}")
+    for name in names:
+        checks.choice("branch of 'triplet'", name, AXES)
     if no_spatial and "hw" in branches:
         raise ZooError(f"no_spatial=True leaves out the branch 'hw', but branches={branches!r}")
     return tuple(name for name in AXES if name in branches)

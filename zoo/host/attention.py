@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.cache import LayerCache
+from zoo.checks import flag, number, optional, whole
 from zoo.errors import ZooError, unknown
 from zoo.host import checks, engine, fit, journey, routes
 from zoo.host.spec import DEFAULTS, PartSpec, canonical, parse, sockets
@@ -117,13 +117,10 @@ class Attention(nn.Module):
             "device": device,
             "dtype": dtype,
         }
-        checks.check_facts(facts)
-        if scale is not None and (
-            isinstance(scale, bool) or not isinstance(scale, int | float) or not isfinite(scale)
-        ):
-            raise ZooError(f"scale={scale!r} must be a number, or None for 1 / sqrt(width)")
-        if not isinstance(qk_norm, bool):
-            raise ZooError(f"qk_norm={qk_norm!r} must be True or False")
+        facts = checks.check_facts(facts)
+        dim, heads, head_dim = facts["dim"], facts["heads"], facts["head_dim"]
+        scale = optional(number, "for 1 / sqrt(width)")("scale", scale)
+        flag("qk_norm", qk_norm)
         if head_dim is None:
             if dim % heads:
                 near = [h for h in range(1, dim + 1) if dim % h == 0]
@@ -134,15 +131,14 @@ class Attention(nn.Module):
                 )
             head_dim = dim // heads
         self.dim, self.heads, self.head_dim = dim, heads, head_dim
-        self.causal, self.dropout = causal, dropout
+        self.causal, self.dropout = causal, facts["dropout"]
         self.spec = canonical(spec)
         filled = sockets(parse(spec))
         fit.check_causality(filled, causal)
 
         project = filled.get("project", PartSpec(DEFAULTS["project"]))
         kv_heads = project.options.get("kv_heads", kv_heads)
-        if kv_heads is not None and type(kv_heads) is not int:
-            raise ZooError(f"kv_heads={kv_heads!r} must be a whole number that divides heads")
+        kv_heads = optional(whole)("kv_heads", kv_heads, None, also="a divisor of heads")
         self.kv_heads = project.entry.cls.choose_kv_heads(heads, kv_heads)  # type: ignore[attr-defined]
         if not 1 <= self.kv_heads <= heads or heads % self.kv_heads:
             raise ZooError(f"kv_heads={self.kv_heads!r} must divide heads={heads}")

@@ -13,30 +13,27 @@ from torch import Tensor
 
 from zoo import inputs
 from zoo.cache import LayerCache
+from zoo.checks import flag, number, optional, whole
 from zoo.errors import ZooError
 from zoo.parts import Host, check_cu_seqlens
 
 
-def check_facts(facts: Mapping[str, Any]) -> None:
-    """Refuse sizes that no layer can have."""
-    wanted = (("dim", 1), ("heads", 1), ("head_dim", 1), ("max_len", 1), ("depth", 0))
-    for name, least in (*wanted, ("layers", 1)):
-        value = facts[name]
-        if value is None and name in ("head_dim", "max_len", "layers"):
-            continue
-        if type(value) is not int or value < least:
-            raise ZooError(f"{name}={value!r} must be a whole number of at least {least}")
-    if facts["layers"] is not None and facts["depth"] >= facts["layers"]:
+def check_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts with their numbers in one form, unless no layer can have such."""
+    found = dict(facts)
+    found |= {name: whole(name, facts[name]) for name in ("dim", "heads")}
+    found["depth"] = whole("depth", facts["depth"], 0)
+    for name in ("head_dim", "max_len", "layers"):
+        found[name] = optional(whole)(name, facts[name])
+    if found["layers"] is not None and found["depth"] >= found["layers"]:
         raise ZooError(
-            f"depth={facts['depth']!r} is the index of a layer; it must be below "
-            f"layers={facts['layers']!r}"
+            f"depth={found['depth']!r} is the index of a layer; it must be below "
+            f"layers={found['layers']!r}"
         )
     inputs.placed(facts["device"], facts["dtype"])
-    for name in ("causal", "bias"):
-        if not isinstance(facts[name], bool):
-            raise ZooError(f"{name}={facts[name]!r} must be True or False")
-    if not isinstance(facts["dropout"], int | float) or not 0.0 <= facts["dropout"] < 1.0:
-        raise ZooError(f"dropout={facts['dropout']!r} must lie in [0, 1)")
+    found |= {name: flag(name, facts[name]) for name in ("causal", "bias")}
+    found["dropout"] = number("dropout", facts["dropout"], 0, below=1)
+    return found
 
 
 def check_positions(positions: Tensor, name: str, samples: int, length: int) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoo import registry
+from zoo import checks, registry
 from zoo.errors import CompatibilityError, ZooError, unknown
 from zoo.registry import SOCKETS, Entry
 
@@ -229,8 +229,7 @@ def layout(
     Raises:
         ZooError: Unknown key, ``every`` without ``other`` or the reverse, or ``every`` < 1.
     """
-    if depth < 1:
-        raise ZooError(f"depth={depth!r} must be at least 1")
+    checks.whole("depth", depth)
     given: dict[str, Any] = dict(attention) if not isinstance(attention, str) else {}
     if isinstance(attention, str):
         given["default"] = attention
@@ -253,9 +252,7 @@ def _spread(given: Mapping[str, Any], depth: int) -> list[Any]:
         raise ZooError("layers: 'every' (a number) and 'other' (a spec) go together")
     values = [given["default"]] * depth
     if "every" in given:
-        step = given["every"]
-        if not isinstance(step, int) or step < 1:
-            raise ZooError(f"layers: every={step!r} must be a whole number of at least 1")
+        step = checks.whole("layers: every", given["every"])
         for i in range(step - 1, depth, step):
             values[i] = given["other"]
     for key, index in (("first", 0), ("last", -1)):

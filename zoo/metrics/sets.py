@@ -27,7 +27,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from zoo.errors import ZooError, unknown
+from zoo import checks
+from zoo.errors import ZooError
 from zoo.metrics.ratio import Ratio
 from zoo.metrics.registry import metric
 
@@ -49,8 +50,7 @@ def check_cost(cost: str) -> None:
     Raises:
         ZooError: It is neither "huber" nor "mse".
     """
-    if cost not in COSTS:
-        raise unknown("cost", cost, COSTS)
+    checks.choice("cost", cost, COSTS)
 
 
 def fill(wanted: Tensor, slots: int) -> Tensor:

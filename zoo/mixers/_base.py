@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo import checks
 from zoo.cache import LayerCache
 from zoo.errors import ZooError
 
@@ -21,14 +22,12 @@ def check_sizes(dim: int, heads: int, dropout: float) -> None:
         ZooError: A size does not fit.
     """
     for name, value in (("dim", dim), ("heads", heads)):
-        if not isinstance(value, int) or value < 1:
-            raise ZooError(f"{name}={value!r} must be a whole number of at least 1")
+        checks.whole(name, value)
     if dim % heads:
         near = [h for h in range(1, dim + 1) if dim % h == 0]
         best = min(near, key=lambda h: abs(h - heads))
         raise ZooError(f"dim={dim} is not divisible by heads={heads}; nearest allowed heads={best}")
-    if not 0.0 <= dropout < 1.0:
-        raise ZooError(f"dropout={dropout!r} must lie in [0, 1)")
+    checks.number("dropout", dropout, 0, below=1)
 
 
 def check_input(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo import checks
 from zoo.errors import ZooError
 from zoo.parts import repeat_heads
 
@@ -40,15 +41,13 @@ def insert_landmarks(tokens: Tensor, block: int, landmark_id: int) -> tuple[Tens
         ZooError: `block` is below 1, the tokens or the landmark are no integers, or a token is the
             landmark already.
     """
-    check_block(block)
+    block = checks.whole("block", block)
     if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.ndim < 1:
         raise ZooError(
             f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype} must be (.., N) integers"
         )
-    if type(landmark_id) is not int or not 0 <= landmark_id <= torch.iinfo(tokens.dtype).max:
-        raise ZooError(
-            f"landmark_id={landmark_id!r} must be a whole number that {tokens.dtype} holds"
-        )
+    most, also = torch.iinfo(tokens.dtype).max, f"which {tokens.dtype} holds"
+    landmark_id = checks.whole("landmark_id", landmark_id, 0, most, also=also)
     if bool((tokens == landmark_id).any()):
         raise ZooError(f"landmark_id={landmark_id!r} occurs among the tokens; it must be new")
     length = tokens.shape[-1]
@@ -114,8 +113,7 @@ def grouped_softmax(
         raise ZooError(
             f"scores of shape {tuple(scores.shape)} must be (B, H, R, M), of the last R of M tokens"
         )
-    if not 0 <= dropout <= 1:
-        raise ZooError(f"dropout={dropout!r} must lie in [0, 1]")
+    checks.number("dropout", dropout, 0, 1)
     fits = mask is None or all(
         a in (1, b) for a, b in zip(mask.shape[::-1], scores.shape[::-1], strict=False)
     )
@@ -283,13 +281,3 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if not all(x.is_floating_point() for x in (q, k, v)):
         raise ZooError(f"q {q.dtype}, k {k.dtype} and v {v.dtype} must be floating-point tensors")
-
-
-def check_block(block: int) -> None:
-    """Refuse a block that is no number of tokens.
-
-    Raises:
-        ZooError: It is below 1 or no whole number.
-    """
-    if type(block) is not int or block < 1:
-        raise ZooError(f"block={block!r} must be a whole number of at least 1")

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.errors import ZooError, unknown
+from zoo import checks
 from zoo.host.refusals import refuse_masks, refuse_parts, refuse_position
 from zoo.parts import Call, Host, Layout, Normalize, Route, mask_scores, repeat_heads
 from zoo.registry import Paper, Taxonomy, register
@@ -179,17 +179,11 @@ class Differential(Normalize):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if layout.qk_dim % 2:
-            raise ZooError(
-                f"head_dim={layout.qk_dim} must be even: 'differential' halves it for q and k; "
-                f"nearest allowed {layout.qk_dim + 1}"
-            )
-        if kv_grouping not in GROUPINGS:
-            raise unknown("kv_grouping of 'differential'", kv_grouping, GROUPINGS)
-        if not eps > 0:
-            raise ZooError(f"eps={eps!r} must be positive")
-        if depth < 0:
-            raise ZooError(f"depth={depth!r} must not be negative; layers count from 0")
+        also = "since it is halved for q and k"
+        checks.multiple("head_dim", layout.qk_dim, 2, of="differential", also=also)
+        checks.choice("kv_grouping of 'differential'", kv_grouping, GROUPINGS)
+        eps = checks.number("eps", eps, above=0)
+        depth = checks.whole("depth", depth, 0, also="as layers count from 0")
         self.kv_grouping = kv_grouping
         self.lambda_init = initial_lambda(depth)
         self.repeats = layout.heads // layout.k_heads

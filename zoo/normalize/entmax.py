@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.errors import ZooError
+from zoo import checks
 from zoo.parts import Normalize, mask_scores
 from zoo.registry import Paper, Taxonomy, register
 
@@ -128,11 +128,8 @@ class _Entmax(torch.autograd.Function):
         return u * (grad - mean), None
 
 
-def _check(alpha: float) -> None:
-    if not isinstance(alpha, int | float) or not 1 <= alpha < float("inf"):
-        raise ZooError(
-            f"alpha={alpha!r} must be a number of at least 1 (1 is softmax, 2 is sparsemax)"
-        )
+def _check(alpha: float) -> float:
+    return checks.number("alpha", alpha, 1, also="where 1 is softmax and 2 is sparsemax")
 
 
 def entmax(scores: Tensor, alpha: float = 1.5) -> Tensor:
@@ -150,7 +147,7 @@ def entmax(scores: Tensor, alpha: float = 1.5) -> Tensor:
 
     Source: Peters, Niculae, Martins 2019, equations 3, 10 and 14.
     """
-    _check(alpha)
+    alpha = _check(alpha)
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
     return scores.softmax(-1) if alpha == 1 else _Entmax.apply(scores, float(alpha))
@@ -186,8 +183,7 @@ class Entmax(Normalize):
 
     def __init__(self, alpha: float = 1.5) -> None:
         super().__init__()
-        _check(alpha)
-        self.alpha = alpha
+        self.alpha = _check(alpha)
 
     def forward(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         """Weights (B, H, R, M)."""

@@ -37,14 +37,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.errors import ZooError, unknown
+from zoo import checks
+from zoo.errors import ZooError
 from zoo.host.refusals import refuse_extras, refuse_parts, refuse_position, refuse_tracing
 from zoo.normalize._landmark_blocks import BlockAttention
 from zoo.normalize._landmark_memory import SELECTIONS, recall
 from zoo.normalize._landmark_weights import (
     by_blocks,
     by_buckets,
-    check_block,
     check_places,
     check_tensors,
     grouped_softmax,
@@ -95,9 +95,8 @@ def landmark_attention(
     Raises:
         ZooError: Shapes that do not fit, landmarks in the wrong places, or a backend that cannot.
     """
-    check_block(block)
-    if backend not in BACKENDS:
-        raise unknown("backend of landmark_attention", backend, BACKENDS)
+    block = checks.whole("block", block)
+    checks.choice("backend of landmark_attention", backend, BACKENDS)
     check_tensors(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if is_landmark is not None and backend != "reference":
@@ -244,24 +243,13 @@ class Landmark(Normalize):
         offload: bool = False,
     ) -> None:
         super().__init__()
-        check_block(block)
-        if not isinstance(group_dropout, int | float) or not 0 <= group_dropout < 1:
-            raise ZooError(f"group_dropout={group_dropout!r} must lie in [0, 1)")
-        blocks = retrieve if type(retrieve) is int else 0
-        for name, value, least in (
-            ("pos_jump", pos_jump, 0),
-            ("retrieve", retrieve, 0),
-            ("chunk", chunk, 1),
-            ("cache_blocks", cache_blocks, max(1, blocks)),
-        ):
-            optional = name in ("retrieve", "cache_blocks")
-            if value is None and optional:
-                continue
-            if type(value) is not int or value < least:
-                also = ", or None for all blocks" if optional else ""
-                raise ZooError(f"{name}={value!r} must be a whole number of at least {least}{also}")
-        if selection not in SELECTIONS:
-            raise unknown("selection of 'landmark'", selection, SELECTIONS)
+        block = checks.whole("block", block)
+        group_dropout = checks.number("group_dropout", group_dropout, 0, below=1)
+        pos_jump, chunk = checks.whole("pos_jump", pos_jump, 0), checks.whole("chunk", chunk)
+        some = checks.optional(checks.whole, "for all blocks")
+        retrieve = some("retrieve", retrieve, 0)
+        cache_blocks = some("cache_blocks", cache_blocks, max(1, retrieve or 0))
+        checks.choice("selection of 'landmark'", selection, SELECTIONS)
         if retrieve is None:
             given = (chunk, cache_blocks, selection, offload)
             names = ("chunk", "cache_blocks", "selection", "offload")

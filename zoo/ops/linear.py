@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo import checks
 from zoo.errors import ZooError
 from zoo.ops import _linear_segments as segments
 from zoo.ops._linear_features import Features
@@ -122,8 +123,7 @@ def chunked_linear_attention(
     Raises:
         ZooError: A shape does not fit, a decay is above 0, or the chunk is below 1.
     """
-    if chunk is not None and (type(chunk) is not int or chunk < 1):
-        raise ZooError(f"chunk={chunk!r} must be a whole number of at least 1, or None")
+    chunk = checks.optional(checks.whole)("chunk", chunk)
     plain = _wants_plain(q, log_decay)
     if features is not None and (plain or not q.numel() or not v.numel() or q.shape[2] == 1):
         q, k, v = features.apply(q, k, v)

@@ -23,6 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from zoo import checks
 from zoo.errors import ZooError
 
 
@@ -78,11 +79,8 @@ def tiled(
     Raises:
         ZooError: Sizes that do not fit each other, or a network that changes height or width.
     """
-    least = {"tile": 1, "overlap": 0, "margin": 0, "multiple": 1}
-    values = {"tile": tile, "overlap": overlap, "margin": margin, "multiple": multiple}
-    for name, value in values.items():
-        if type(value) is not int or value < least[name]:
-            raise ZooError(f"{name}={value!r} must be a whole number of at least {least[name]}")
+    tile, multiple = checks.whole("tile", tile), checks.whole("multiple", multiple)
+    overlap, margin = checks.whole("overlap", overlap, 0), checks.whole("margin", margin, 0)
     if tile - overlap < multiple:
         raise ZooError(
             f"overlap={overlap} leaves less than multiple={multiple} pixels of tile={tile} to step "

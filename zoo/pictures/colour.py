@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.errors import unknown
+from zoo import checks
 
 MATRICES = {
     "D65": (
@@ -56,8 +56,7 @@ def to_lab(srgb: Tensor, white: str = "D65") -> Tensor:
     Raises:
         ZooError: Another white.
     """
-    if white not in MATRICES:
-        raise unknown("white", white, MATRICES)
+    checks.choice("white", white, MATRICES)
     matrix = torch.tensor(MATRICES[white], device=srgb.device, dtype=srgb.dtype)
     matrix = matrix / matrix.sum(1, keepdim=True)
     t = torch.einsum("ij,bjhw->bihw", matrix, to_linear(srgb))

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import CompatibilityError, ZooError
 from zoo.host.refusals import refuse_parts, refuse_tracing
 from zoo.parts import (
@@ -272,8 +273,7 @@ class CoPE(Position):
                     "not known; give npos, e.g. npos=64, or max_len"
                 )
             npos = max_len + 1
-        if type(npos) is not int or npos < 1:
-            raise ZooError(f"npos={npos!r} must be a whole number of at least 1")
+        npos = checks.whole("npos", npos)
         if sep_key and val_gates:
             raise ZooError(
                 "sep_key=True and val_gates=True: gates of 'cope' compare queries with keys of "

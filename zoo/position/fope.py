@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.errors import ZooError, unknown
+from zoo import checks
+from zoo.errors import ZooError
 from zoo.parts import Host, Layout, Position, full_precision
 from zoo.position.rope import rope_apply, rope_frequencies
 from zoo.registry import Paper, Taxonomy, Traits, register
@@ -187,24 +188,20 @@ class FoPE(Position):
                 "training and must know its length; give train_len or the host's max_len"
             )
         self.layout, self.width = layout, width
-        self.train_len = _whole("train_len", max_len if train_len is None else train_len, 1)
-        self.fourier_dim = width if fourier_dim is None else _whole("fourier_dim", fourier_dim, 1)
-        if self.fourier_dim % 2 or self.fourier_dim < width:
-            near = max(width, self.fourier_dim + self.fourier_dim % 2)
-            raise ZooError(
-                f"fourier_dim={fourier_dim} of 'fope' must be even and not below the width "
-                f"{width} of a head; nearest allowed: {near}"
-            )
-        for name, value, low in (("sigma", sigma, 0), ("floor_ratio", floor_ratio, 0)):
-            if not isinstance(value, int | float) or not low <= value < math.inf:
-                raise ZooError(f"{name}={value!r} of 'fope' must be a number of at least {low}")
-        if not isinstance(base, int | float) or not base > 1:
-            raise ZooError(f"base={base!r} of 'fope' must be a number above 1, e.g. 10000.0")
-        if not isinstance(zero_sin, int | float) or not math.isfinite(zero_sin):
-            raise ZooError(f"zero_sin={zero_sin!r} of 'fope' must be a number, e.g. 1.0 or 0.0")
-        self.base, self.sigma, self.floor_ratio = float(base), float(sigma), float(floor_ratio)
+        length = max_len if train_len is None else train_len
+        self.train_len = checks.whole("train_len", length, of="fope")
+        self.fourier_dim = width
+        if fourier_dim is not None:
+            also = "not below the width of a head"
+            wider = checks.multiple("fourier_dim", fourier_dim, 2, width, of="fope", also=also)
+            self.fourier_dim = wider
+        self.sigma = float(checks.number("sigma", sigma, 0, of="fope"))
+        self.floor_ratio = float(checks.number("floor_ratio", floor_ratio, 0, of="fope"))
+        self.base = float(checks.number("base", base, above=1, of="fope", also="e.g. 10000.0"))
+        zero_sin = checks.number("zero_sin", zero_sin, of="fope", also="e.g. 1.0 or 0.0")
         self.ignore_zero, self.zero_sin = ignore_zero, float(zero_sin)
-        self.scaling, self.factor = scaling, factor
+        self.scaling = checks.choice("scaling", scaling, SCALINGS, of="fope")
+        self.factor = checks.number("factor", factor, 1, of="fope")
         self._check_scaling()
         self.kept = self._count_kept()
         self.inputs = self.kept if ignore_zero else self.fourier_dim // 2
@@ -228,10 +225,6 @@ class FoPE(Position):
         self._memo: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = None
 
     def _check_scaling(self) -> None:
-        if self.scaling not in SCALINGS:
-            raise unknown("scaling of 'fope'", self.scaling, SCALINGS)
-        if not isinstance(self.factor, int | float) or not 1 <= self.factor < math.inf:
-            raise ZooError(f"factor={self.factor!r} of 'fope' must be a number of at least 1")
         if self.scaling == "none" and self.factor != 1:
             raise ZooError(
                 f"factor={self.factor!r} of 'fope' has no effect with scaling='none'; "
@@ -267,11 +260,8 @@ class FoPE(Position):
         if out_pairs is None:
             return min(self.inputs, max(1, half // 2))
         most = min(self.inputs, half)
-        if _whole("out_pairs", out_pairs, 1) > most:
-            raise ZooError(
-                f"out_pairs={out_pairs} of 'fope' must not exceed the {self.inputs} frequencies "
-                f"kept and the {half} pairs of a head; nearest allowed: {most}"
-            )
+        also = f"with {self.inputs} frequencies kept and {half} pairs of a head"
+        out_pairs = checks.whole("out_pairs", out_pairs, 1, most, of="fope", also=also)
         return out_pairs
 
     def reset_parameters(self) -> None:
@@ -377,9 +367,3 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return rope_apply(x, cos, sin, "half")
     folded = x.unflatten(1, (groups, -1))  # (B, G, H / G, N, D)
     return rope_apply(folded, cos.unsqueeze(-3), sin.unsqueeze(-3), "half").flatten(1, 2)
-
-
-def _whole(name: str, value: object, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ZooError(f"{name}={value!r} of 'fope' must be a whole number of at least {least}")
-    return value

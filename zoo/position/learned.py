@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import ZooError
 from zoo.parts import Position
 from zoo.registry import Paper, Taxonomy, Traits, register
@@ -77,9 +78,7 @@ class Learned(Position):
                 "max_len=None: 'learned' has a row for each position and must know how many; "
                 "give max_len, or use 'sinusoidal', which has no table"
             )
-        if not isinstance(max_len, int) or isinstance(max_len, bool) or max_len < 1:
-            raise ZooError(f"max_len={max_len!r} must be a whole number of at least 1")
-        self.max_len = max_len
+        self.max_len = max_len = checks.whole("max_len", max_len)
         self.table = nn.Embedding(max_len, dim, device=device, dtype=dtype)
         self.reset_parameters()
 

@@ -31,7 +31,8 @@ import math
 import torch
 from torch import Tensor
 
-from zoo.errors import ZooError, unknown
+from zoo import checks
+from zoo.errors import ZooError
 from zoo.parts import Layout, Position
 from zoo.registry import Paper, Taxonomy, Traits, register
 
@@ -138,8 +139,7 @@ def rope_permute(weight: Tensor, heads: int, to: str = "half", fraction: float =
     Raises:
         ZooError: Unknown style, or sizes that do not fit.
     """
-    if to not in STYLES:
-        raise unknown("style 'to' of rope_permute", to, STYLES)
+    checks.choice("style 'to' of rope_permute", to, STYLES)
     if heads < 1 or weight.shape[0] % heads:
         raise ZooError(
             f"rope_permute: {weight.shape[0]} rows of weight are not divisible by heads={heads}"
@@ -157,7 +157,7 @@ def _rotated_width(size: int, fraction: float, step: int = 2) -> int:
     """Channels of a head of `size` that turn, a multiple of `step`."""
     if size < step:
         raise ZooError(f"rope: a head of width {size} is too narrow; at least {step} must turn")
-    wanted = size * fraction if isinstance(fraction, int | float) else math.nan
+    wanted = size * checks.number("fraction", fraction, of="rope")
     nearest = min(range(step, size + 1, step), key=lambda width: abs(width - wanted))
     if not math.isclose(nearest, wanted, rel_tol=1e-6):
         raise ZooError(
@@ -217,33 +217,29 @@ class RoPE(Position):
         prefix: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, allowed in (("style", style, STYLES), ("scaling", scaling, SCALINGS)):
-            if value not in allowed:
-                raise unknown(f"{name} of 'rope'", value, allowed)
-        if not isinstance(base, int | float) or not base > 1:
-            raise ZooError(f"base={base!r} of 'rope' must be a number above 1, e.g. 10000.0")
-        self.base, self.style, self.scaling = float(base), style, scaling
+        self.style = checks.choice("style", style, STYLES, of="rope")
+        self.scaling = checks.choice("scaling", scaling, SCALINGS, of="rope")
+        self.base = float(checks.number("base", base, above=1, of="rope", also="e.g. 10000.0"))
         # Both axes of a grid need pairs of their own.
         self.width = _rotated_width(layout.qk_dim, fraction, 2 if grid is None else 4)
         self.grid, self.prefix = _check_grid(grid, prefix)
         self.axis_width = self.width if self.grid is None else self.width // 2
-        self.factor, self.original_len = factor, original_len
+        self.factor = checks.number("factor", factor, 1, of="rope")
+        length = checks.optional(checks.whole)
+        self.original_len = length("original_len", original_len, of="rope")
         self._check_scaling()
 
     def _check_scaling(self) -> None:
         scaling, factor, length = self.scaling, self.factor, self.original_len
-        if not isinstance(factor, int | float) or not factor >= 1:
-            raise ZooError(f"factor={factor!r} of 'rope' must be a number of at least 1")
         if scaling == "none" and factor != 1:
             raise ZooError(
                 f"factor={factor!r} of 'rope' has no effect with scaling='none'; "
                 "allowed with scaling: linear, ntk, yarn"
             )
-        fits = isinstance(length, int) and length > 0 if scaling == "yarn" else length is None
-        if not fits:
+        if (scaling == "yarn") == (length is None):
             raise ZooError(
                 f"original_len={length!r} of 'rope' does not go with scaling={scaling!r}: yarn "
-                "needs the length of training, a number above 0, and the others do not use it"
+                "needs the length of training, and the others do not use it"
             )
         if scaling == "ntk" and self.axis_width < 4:
             raise ZooError(
@@ -292,13 +288,10 @@ class RoPE(Position):
 
 
 def _check_grid(grid: tuple[int, int] | None, prefix: int) -> tuple[tuple[int, int] | None, int]:
-    if not isinstance(prefix, int) or prefix < 0:
-        raise ZooError(f"prefix={prefix!r} of 'rope' must be a whole number of at least 0")
+    prefix = checks.whole("prefix", prefix, 0, of="rope")
     if grid is None:
         if prefix:
             raise ZooError(f"prefix={prefix} of 'rope' has no effect without grid=(rows, columns)")
         return None, 0
-    sizes = tuple(grid) if isinstance(grid, tuple | list) else ()
-    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ZooError(f"grid={grid!r} of 'rope' must be two whole numbers (rows, columns)")
-    return (sizes[0], sizes[1]), prefix
+    rows, columns = checks.wholes("grid", grid, 2, of="rope", also="(rows, columns)")
+    return (rows, columns), prefix

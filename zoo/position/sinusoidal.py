@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from zoo.errors import ZooError
+from zoo import checks
 from zoo.parts import Position
 from zoo.registry import Paper, Taxonomy, Traits, register
 
@@ -89,9 +89,9 @@ class Sinusoidal(Position):
 
     def __init__(self, dim: int, base: float = 10000.0) -> None:
         super().__init__()
-        if not isinstance(base, int | float) or not base > 1:
-            raise ZooError(f"base={base!r} of 'sinusoidal' must be a number above 1, e.g. 10000.0")
-        self.dim, self.base = dim, float(base)
+        also = "e.g. 10000.0"
+        self.dim = dim
+        self.base = float(checks.number("base", base, above=1, of="sinusoidal", also=also))
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add the vectors of positions (N,) or (B, N) to embeddings (B, N, C)."""

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import ZooError
+from zoo import checks
 from zoo.parts import Call, Layout, Position, Strip
 from zoo.registry import Paper, Taxonomy, Traits, register
 
@@ -122,22 +122,14 @@ class T5Bias(Position):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(buckets, int) or buckets < (2 if causal else 4):
-            least = "2 (causal)" if causal else "4 (bidirectional)"
-            raise ZooError(
-                f"buckets={buckets!r} of 't5' must be a whole number of at least {least}"
-            )
-        if not causal and buckets % 2:
-            raise ZooError(
-                f"buckets={buckets} of 't5' is odd, but bidirectional attention needs as many for "
-                f"each side; nearest allowed: {buckets - 1} or {buckets + 1}"
-            )
+        if causal:
+            buckets = checks.whole("buckets", buckets, 2, of="t5", also="where causal=True")
+        else:
+            also = "as many for each side (bidirectional)"
+            buckets = checks.multiple("buckets", buckets, 2, 4, of="t5", also=also)
         exact = (buckets if causal else buckets // 2) // 2
-        if not isinstance(max_distance, int) or max_distance <= exact:
-            raise ZooError(
-                f"max_distance={max_distance!r} of 't5' must be a whole number of at least "
-                f"{exact + 1}: with buckets={buckets} distances below {exact} have their own"
-            )
+        also = f"since with buckets={buckets} distances below {exact} have their own"
+        max_distance = checks.whole("max_distance", max_distance, exact + 1, of="t5", also=also)
         self.layout, self.causal = layout, causal
         self.buckets, self.max_distance = buckets, max_distance
         self.std = dim**-0.5

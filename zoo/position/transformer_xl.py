@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import ZooError
+from zoo import checks
 from zoo.parts import Call, Layout, Position, Strip, grouped_matmul
 from zoo.registry import Paper, Taxonomy, Traits, register
 
@@ -116,12 +116,8 @@ class TransformerXL(Position):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim % 2:
-            raise ZooError(
-                f"dim={dim} is odd, but 'transformer_xl' pairs sines with cosines; "
-                f"nearest allowed: {dim - 1} or {dim + 1}"
-            )
-        self.dim = dim
+        also = "since sines are paired with cosines"
+        self.dim = dim = checks.multiple("dim", dim, 2, of="transformer_xl", also=also)
         shape = (layout.score_heads, layout.qk_dim)
         self.u = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.v = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

@@ -31,15 +31,15 @@ the initialisation, here normal with standard deviation `init_std` for the vecto
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.cache import LayerCache
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 from zoo.parts import Host, Layout, Part, Project
 from zoo.registry import Paper, Taxonomy, info, register
 
@@ -147,13 +147,9 @@ class MHE(Project):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise unknown("mode of 'mhe'", mode, MODES)
-        if not isinstance(init_std, int | float) or not 0 <= init_std < math.inf:
-            raise ZooError(
-                f"init_std={init_std!r} must be a number of at least 0; the default is 0.02"
-            )
-        self.mode, self.init_std, self.layout = mode, init_std, layout
+        self.mode = checks.choice("mode of 'mhe'", mode, MODES)
+        self.init_std = checks.number("init_std", init_std, 0, also="by default 0.02")
+        self.layout = layout
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.sizes = (layout.qk_dim, layout.qk_dim, layout.v_dim)
         self.shared = nn.Linear(dim, sum(self.sizes), bias=bias, **made)

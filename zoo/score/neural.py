@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.errors import ZooError, unknown
+from zoo import checks
 from zoo.host import engine
 from zoo.host.refusals import refuse_parts, refuse_position, refuse_tracing
 from zoo.parts import Call, Host, Layout, Route, Score, Strip, repeat_heads
@@ -138,15 +138,6 @@ def _run_reference(host: Host, call: Call) -> Tensor:
     return engine.run(dense, call, whole=True)
 
 
-def _whole(name: str, value: object) -> int:
-    if type(value) is not int or value < 1:
-        raise ZooError(
-            f"{name}={value!r} of 'neural' must be a whole number of at least 1; nearest allowed: "
-            f"{max(1, round(value)) if isinstance(value, int | float) else 1}"
-        )
-    return value
-
-
 @register(
     "neural",
     kind="score",
@@ -201,23 +192,20 @@ class Neural(Score):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise unknown("activation of 'neural'", activation, ACTIVATIONS)
-        width = layout.qk_dim // 64 * 2 or 2 if proj_dim is None else _whole("proj_dim", proj_dim)
+        checks.choice("activation", activation, ACTIVATIONS, of="neural")
+        width = layout.qk_dim // 64 * 2 or 2
+        if proj_dim is not None:
+            width = checks.whole("proj_dim", proj_dim, of="neural")
         if hidden is None:
-            if width % 2:
-                raise ZooError(
-                    f"proj_dim={width} of 'neural' must be even, since the second hidden layer has "
-                    f"half its width; nearest allowed: {width + 1}, or give hidden"
-                )
+            also = "since the second hidden layer has half its width, or give hidden"
+            width = checks.multiple("proj_dim", width, 2, of="neural", also=also)
             widths = [width, width // 2]
         else:
-            if not isinstance(hidden, list | tuple) or len(hidden) not in (1, 2):
-                raise ZooError(
-                    f"hidden={hidden!r} of 'neural' must hold the widths of one or two layers, "
-                    f"e.g. ({width},) or ({width}, {max(1, width // 2)})"
-                )
-            widths = [_whole("hidden", item) for item in hidden]
+            also = "the widths of one or two layers, "
+            also += f"e.g. ({width},) or ({width}, {max(1, width // 2)})"
+            widths = list(checks.wholes("hidden", hidden, of="neural", also=also))
+            if len(widths) > 2:
+                raise checks.wrong("hidden", hidden, also, of="neural")
         self.activation = activation
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.query_proj = nn.Linear(layout.qk_dim, width, **made)

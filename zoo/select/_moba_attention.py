@@ -11,7 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from zoo.errors import ZooError, unknown
+from zoo import checks
+from zoo.errors import ZooError
 from zoo.host.refusals import refuse_tracing
 from zoo.kernels import refuse
 from zoo.parts import check_cu_seqlens, full_precision, repeat_heads
@@ -80,8 +81,7 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> None:
     for name, value in (("block", block), ("topk", topk)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ZooError(f"{name}={value!r} must be a whole number of at least 1")
+        checks.whole(name, value)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is not None and x.ndim != 4:
             raise ZooError(f"{name} has shape {tuple(x.shape)}; allowed: (B, heads, N, width)")
@@ -177,8 +177,7 @@ def moba_attention(
             by name that cannot take these tensors.
     """
     _check(q, k, v, block, topk, cu_seqlens)
-    if backend not in BACKENDS:
-        raise unknown("backend", backend, BACKENDS)
+    checks.choice("backend", backend, BACKENDS)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend in ("auto", "triton"):
         by_name = backend == "triton"

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.errors import ZooError, unknown
+from zoo import checks
+from zoo.errors import ZooError
 from zoo.host.refusals import refuse_tracing
 from zoo.ops.partial import merge, partial_attention
 from zoo.parts import full_precision, mask_scores, repeat_heads
@@ -23,18 +24,24 @@ T = TypeVar("T")
 BACKENDS = ("auto", "reference", "gather", "torch", "flex", "triton")
 
 
-def per_axis(name: str, value: T | Sequence[T], ndim: int, kind: type[T]) -> tuple[T, ...]:
+def any_whole(name: str, value: object, *, also: str) -> int:
+    """A whole number; `check_sizes` knows the bounds, and names the axis."""
+    return checks.whole(name, value, None, also=also)
+
+
+def per_axis(
+    name: str, value: T | Sequence[T], ndim: int, check: Callable[..., T]
+) -> tuple[T, ...]:
     """One value for each axis.
 
     Raises:
         ZooError: Another number of values, or another type.
     """
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    values: tuple[T, ...] = tuple(value) if listed else (value,) * ndim  # type: ignore[arg-type,assignment]
     if len(values) != ndim:
         raise ZooError(f"{name}={value!r} has {len(values)} entries for {ndim} axes")
-    if any(type(item) is not kind for item in values):
-        raise ZooError(f"{name}={value!r} must be {kind.__name__}, one or one for each axis")
-    return values
+    return tuple(check(name, item, also="one or one for each axis") for item in values)
 
 
 def make_windows(
@@ -59,12 +66,9 @@ def check_sizes(
         ZooError: Names the axis.
     """
     for axis, (w, d, s) in enumerate(zip(kernel, dilation, stride, strict=True)):
-        if w < 2:
-            raise ZooError(f"kernel_size={w} of axis {axis} must be at least 2")
-        if d < 1:
-            raise ZooError(f"dilation={d} of axis {axis} must be at least 1")
-        if not 1 <= s <= w:
-            raise ZooError(f"stride={s} of axis {axis} must lie between 1 and kernel_size={w}")
+        checks.whole("kernel_size", w, 2, also=f"on axis {axis}")
+        checks.whole("dilation", d, also=f"on axis {axis}")
+        checks.whole("stride", s, 1, w, also=f"the kernel_size on axis {axis}")
         if shape is not None and w * d > shape[axis]:
             raise ZooError(
                 f"kernel_size={w} times dilation={d} is above the {shape[axis]} tokens of axis "
@@ -84,14 +88,18 @@ def make_grid(
     Raises:
         ZooError: As there.
     """
-    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-    if not 1 <= len(sizes) <= 3 or any(type(n) is not int or n < 1 for n in sizes):
-        raise ZooError(f"shape={shape!r} must be 1 to 3 whole numbers of at least 1")
+    also = "one for each of 1 to 3 axes"
+    if isinstance(shape, Sequence) and not isinstance(shape, str):
+        sizes = checks.wholes("shape", shape, also=also)
+    else:
+        sizes = (checks.whole("shape", shape, also=also),)
     ndim = len(sizes)
-    kernel = per_axis("kernel_size", kernel_size, ndim, int)
-    steps = per_axis("dilation", dilation, ndim, int)
-    strides = per_axis("stride", stride, ndim, int)
-    causal = per_axis("is_causal", is_causal, ndim, bool)
+    if ndim > 3:
+        raise checks.wrong("shape", shape, "1 to 3 whole numbers of at least 1")
+    kernel = per_axis("kernel_size", kernel_size, ndim, any_whole)
+    steps = per_axis("dilation", dilation, ndim, any_whole)
+    strides = per_axis("stride", stride, ndim, any_whole)
+    causal = per_axis("is_causal", is_causal, ndim, checks.flag)
     check_sizes(kernel, steps, strides, sizes)
     return Grid(sizes, make_windows(kernel, strides, causal), steps)
 
@@ -335,8 +343,7 @@ def neighborhood_attention(
     grid = make_grid(shape, kernel_size, dilation, stride, is_causal)
     check_tensors(q, k, v, grid, rpb, key_bias, dropout)
     extra = check_extra(q, k, v, additional_keys, additional_values)
-    if backend not in BACKENDS:
-        raise unknown("backend", backend, BACKENDS)
+    checks.choice("backend", backend, BACKENDS)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     by_name = backend != "auto"
     key_bias = None if key_bias is None else key_bias.detach()

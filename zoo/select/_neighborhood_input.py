@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from zoo import checks
 from zoo.errors import ZooError
 from zoo.select._grid import Grid
 
@@ -65,8 +66,7 @@ def check_tensors(
             f"key_bias of shape {tuple(key_bias.shape)} does not fit; allowed: (1 or {len(q)}, "
             f"{grid.length})"
         )
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ZooError(f"dropout={dropout!r} must lie in [0, 1)")
+    checks.number("dropout", dropout, 0, below=1)
 
 
 def check_extra(

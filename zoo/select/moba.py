@@ -44,8 +44,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.cache import LayerCache
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 from zoo.host.refusals import refuse_extras, refuse_masks, refuse_parts, refuse_position
 from zoo.host.routes import SDPA
 from zoo.kernels import refuse as refuse_kernel
@@ -186,22 +187,15 @@ class MoBA(Select):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("block", block), ("topk", topk)):
-            if type(value) is not int or value < 1:
-                raise ZooError(f"{name}={value!r} must be a whole number of at least 1")
-        if type(key_conv) is not int or key_conv < 0 or (key_conv and key_conv % 2 == 0):
-            raise ZooError(f"key_conv={key_conv!r} must be 0 or an odd whole number such as 3")
-        if full_after is not None and not (
-            isinstance(full_after, int | float) and 0 < full_after < 1 and mode == "moba"
-        ):
-            raise ZooError(
-                f"full_after={full_after!r} with mode={mode!r}; allowed: a number between 0 and 1 "
-                "with mode='moba', or None"
-            )
-        if decode_mode not in MODES:
-            raise unknown("decode_mode", decode_mode, MODES)
-        self.block, self.topk = block, topk
-        self.decode_mode, self.key_conv, self.full_after = decode_mode, key_conv, full_after
+        self.block, self.topk = checks.whole("block", block), checks.whole("topk", topk)
+        if isinstance(key_conv, bool) or key_conv != 0:
+            key_conv = checks.odd("key_conv", key_conv, also="such as 3, or 0 for none")
+        share = checks.optional(checks.number)
+        full_after = share("full_after", full_after, above=0, below=1)
+        if full_after is not None and mode != "moba":
+            raise checks.wrong("full_after", full_after, f"None with mode={mode!r}")
+        self.decode_mode = checks.choice("decode_mode", decode_mode, MODES)
+        self.key_conv, self.full_after = key_conv, full_after
         self.set_mode(mode)
         self.key_weight: nn.Parameter | None = None
         if key_conv:
@@ -226,8 +220,7 @@ class MoBA(Select):
         Raises:
             ZooError: Any other mode.
         """
-        if mode not in MODES:
-            raise unknown("mode", mode, MODES)
+        checks.choice("mode", mode, MODES)
         self.mode = mode
 
     def advance(self, done: float) -> None:

@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import CompatibilityError, ZooError
 from zoo.host.refusals import refuse_parts
 from zoo.parts import Call, Host, Layout, Route, Select, Strip, repeat_heads
@@ -211,19 +212,14 @@ class Neighborhood(Select):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.causal, self.prefix = causal, prefix
-        if grid is not None and not isinstance(grid, Sequence):
-            raise ZooError(f"grid={grid!r} must be a list of whole numbers, one for each axis")
-        self.grid = None if grid is None else tuple(grid)
+        self.causal = causal
+        self.grid = checks.optional(checks.wholes)("grid", grid, also="one for each axis")
         self.ndim = _axes(ndim, self.grid, kernel)
-        if self.grid is not None and any(type(n) is not int or n < 1 for n in self.grid):
-            raise ZooError(f"grid={grid!r} must be whole numbers of at least 1")
-        self.kernel = forms.per_axis("kernel", kernel, self.ndim, int)
-        self.dilation = forms.per_axis("dilation", dilation, self.ndim, int)
-        self.stride = forms.per_axis("stride", stride, self.ndim, int)
+        self.kernel = forms.per_axis("kernel", kernel, self.ndim, forms.any_whole)
+        self.dilation = forms.per_axis("dilation", dilation, self.ndim, forms.any_whole)
+        self.stride = forms.per_axis("stride", stride, self.ndim, forms.any_whole)
         forms.check_sizes(self.kernel, self.dilation, self.stride, self.grid)
-        if type(prefix) is not int or prefix < 0:
-            raise ZooError(f"prefix={prefix!r} must be a whole number of at least 0")
+        self.prefix = checks.whole("prefix", prefix, 0)
         self.causal_axes = self._causality(causal_axes)
         self.windows = forms.make_windows(self.kernel, self.stride, self.causal_axes)
         self.rpb: nn.Parameter | None = None
@@ -250,7 +246,7 @@ class Neighborhood(Select):
             )
         axes = (self.causal,) * self.ndim
         if given is not None:
-            axes = forms.per_axis("causal_axes", given, self.ndim, bool)
+            axes = forms.per_axis("causal_axes", given, self.ndim, checks.flag)
         if self.ndim == 1 and axes[0] != self.causal:
             raise ZooError(f"causal_axes={given!r} of one axis is the host's causal={axes[0]}")
         return axes
@@ -388,11 +384,9 @@ def _axes(ndim: int | None, grid: tuple[int, ...] | None, kernel: int | Sequence
     """Number of axes that the options agree on."""
     found = ndim
     for name, value in (("grid", grid), ("kernel", kernel)):
-        if isinstance(value, Sequence):
+        if isinstance(value, Sequence) and not isinstance(value, str):
             if found is not None and found != len(value):
                 raise ZooError(f"{name}={value!r} has {len(value)} entries, but ndim is {found}")
             found = len(value)
     found = 1 if found is None else found
-    if type(found) is not int or found not in (1, 2, 3):
-        raise ZooError(f"ndim={found!r} must be 1, 2 or 3")
-    return found
+    return checks.whole("ndim", found, 1, 3)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo import checks
 from zoo.errors import ZooError
 from zoo.host.refusals import refuse_parts, refuse_tracing
 from zoo.parts import Call, Host, Route, Select, Strip, mask_scores
@@ -27,16 +28,6 @@ from zoo.select._flex import flex_windows, refuse_flex
 from zoo.select._grid import Grid
 from zoo.select._halo import halo_attention
 from zoo.select._halo_plan import Window
-
-
-def check_window(window: int) -> None:
-    """Refuse what is no number of tokens.
-
-    Raises:
-        ZooError: `window` < 1, or no whole number.
-    """
-    if type(window) is not int or window < 1:
-        raise ZooError(f"window={window!r} must be a whole number of at least 1")
 
 
 def reach(window: int, causal: bool) -> tuple[int, int]:
@@ -96,9 +87,8 @@ def sliding_window_attention(
         ZooError: A window or block below 1, shapes that do not fit, or a mask that hides more than
             keys.
     """
-    check_window(window)
-    if block is not None and (type(block) is not int or block < 1):
-        raise ZooError(f"block={block!r} must be a whole number of at least 1, or None")
+    window = checks.whole("window", window)
+    block = checks.optional(checks.whole)("block", block)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or (x.shape[0], x.shape[2]) != (q.shape[0], q.shape[2]):
             raise ZooError(
@@ -250,8 +240,7 @@ class SlidingWindow(Select):
 
     def __init__(self, window: int = 128, causal: bool = False) -> None:
         super().__init__()
-        check_window(window)
-        self.width = window
+        self.width = window = checks.whole("window", window)
         self.causal = causal
         self.back, self.ahead = reach(window, causal)
 

@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import ZooError, unknown
+from zoo import checks
+from zoo.errors import ZooError
 
 NOISES = ("none", "fixed", "learned")
 
@@ -45,12 +46,9 @@ class SlotVideo(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if noise not in NOISES:
-            raise unknown("noise", noise, NOISES)
-        for name, value in {"sigma": sigma, "kl_weight": kl_weight}.items():
-            if not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise ZooError(f"{name}={value!r} must be a number above 0")
-        self.slots, self.noise, self.sigma, self.kl_weight = slots, noise, sigma, kl_weight
+        self.slots, self.noise = slots, checks.choice("noise", noise, NOISES)
+        self.sigma = checks.number("sigma", sigma, above=0)
+        self.kl_weight = checks.number("kl_weight", kl_weight, above=0)
         self.aux_losses: dict[str, Tensor] = {}
         if noise == "learned":
             dim: int = slots.dim  # type: ignore[assignment]

@@ -18,11 +18,10 @@ autograd, as the official code does; ours is the reverse sweep by hand, which wo
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from zoo import checks
 from zoo.errors import ZooError, unknown
 from zoo.registry import Paper, Taxonomy, Traits, register
 from zoo.slots._sinkhorn import mesh, mesh_reference, sinkhorn, sinkhorn_reference
@@ -134,19 +133,15 @@ class MESH(SlotAttention):
             device=device,
             dtype=dtype,
         )
-        if type(mesh_steps) is not int or mesh_steps < 0:
-            raise ZooError(f"mesh_steps={mesh_steps!r} must be a whole number of at least 0")
-        lr = (1.0 if learn_mesh_lr else 8.0) if mesh_lr is None else mesh_lr
-        if not (isinstance(lr, int | float) and 0 < lr < math.inf):
-            raise ZooError(f"mesh_lr={mesh_lr!r} must be a number above 0")
-        if not (isinstance(noise_scale, int | float) and 0 <= noise_scale < math.inf):
-            raise ZooError(f"noise_scale={noise_scale!r} must be a number of at least 0")
+        mesh_steps = checks.whole("mesh_steps", mesh_steps, 0)
+        lr = checks.optional(checks.number)("mesh_lr", mesh_lr, above=0)
+        noise_scale = checks.number("noise_scale", noise_scale, 0)
         flags = {"learn_mesh_lr": learn_mesh_lr, "reuse_uv": reuse_uv, "exact": exact}
         for name, value in flags.items():
-            if not isinstance(value, bool):
-                raise ZooError(f"{name}={value!r} must be True or False")
-        if backend not in ("auto", "torch", "reference"):
-            raise unknown("backend", backend, ("auto", "torch", "reference"))
+            checks.flag(name, value)
+        checks.choice("backend", backend, ("auto", "torch", "reference"))
+        if lr is None:
+            lr = 1.0 if learn_mesh_lr else 8.0
         if backend == "reference" and not exact:
             raise ZooError("backend='reference' is exact; exact=False is for backend='torch'")
         if learn_mesh_lr and not mesh_steps:

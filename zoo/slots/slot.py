@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.errors import ZooError, unknown
+from zoo import checks
+from zoo.errors import ZooError
 from zoo.registry import Paper, Taxonomy, Traits, register
 from zoo.slots._sinkhorn import log_marginal, sinkhorn
 
@@ -146,33 +147,23 @@ class SlotAttention(nn.Module):
             if given is not None and normalizer in NORMALIZERS:
                 raise ZooError(f"{name}={given!r} does nothing with normalizer={normalizer!r}")
         rounds = 5 if sinkhorn_iterations is None else sinkhorn_iterations
-        eps = 1e-8 if eps is None else eps
-        sizes = {"dim_in": dim_in, "dim": dim, "slots": slots, "hidden": hidden}
-        sizes |= {"iterations": iterations, "sinkhorn_iterations": rounds}
-        for name, size in sizes.items():
-            if type(size) is not int or size < 1:
-                raise ZooError(f"{name}={size!r} must be a whole number of at least 1")
-        for name, value, allowed in (
-            ("normalizer", normalizer, NORMALIZERS),
-            ("distance", distance, (*DISTANCES, None)),
-            ("init", init, INITS),
-        ):
-            if value not in allowed:
-                raise unknown(name, value, [item for item in allowed if item is not None])
-        positive = {"scale_cost": scale_cost, "temperature": temperature, "eps": eps}
-        if scale_marginals is not None:
-            positive["scale_marginals"] = scale_marginals
-        for name, number in positive.items():
-            if not (isinstance(number, int | float) and 0 < number < math.inf):
-                raise ZooError(f"{name}={number!r} must be a number above 0")
-        if not isinstance(detach_slots, bool):
-            raise ZooError(f"detach_slots={detach_slots!r} must be True or False")
-        self.dim_in, self.dim, self.slots = dim_in, dim, slots
-        self.iterations, self.normalizer, self.init = iterations, normalizer, init
-        self.distance = distance or ("dot" if normalizer == "softmax" else "l2")
-        self.scale_cost, self.scale_marginals = scale_cost, scale_marginals
-        self.sinkhorn_iterations, self.temperature = rounds, temperature
-        self.detach_slots, self.eps = detach_slots, eps
+        self.dim_in = dim_in = checks.whole("dim_in", dim_in)
+        self.dim = dim = checks.whole("dim", dim)
+        self.slots = slots = checks.whole("slots", slots)
+        hidden = checks.whole("hidden", hidden)
+        self.iterations = checks.whole("iterations", iterations)
+        self.sinkhorn_iterations = checks.whole("sinkhorn_iterations", rounds)
+        self.normalizer = checks.choice("normalizer", normalizer, NORMALIZERS)
+        self.distance = "dot" if normalizer == "softmax" else "l2"
+        if distance is not None:
+            self.distance = checks.choice("distance", distance, DISTANCES)
+        self.init = checks.choice("init", init, INITS)
+        self.scale_cost = checks.number("scale_cost", scale_cost, above=0)
+        self.temperature = checks.number("temperature", temperature, above=0)
+        self.eps = checks.number("eps", 1e-8 if eps is None else eps, above=0)
+        positive = checks.optional(checks.number)
+        self.scale_marginals = positive("scale_marginals", scale_marginals, above=0)
+        self.detach_slots = checks.flag("detach_slots", detach_slots)
         made: Any = {"device": device, "dtype": dtype}
         self.norm_inputs = nn.LayerNorm(dim_in, **made)
         self.norm_slots = nn.LayerNorm(dim, **made)

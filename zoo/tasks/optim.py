@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from zoo import checks
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 from zoo.parts import Position
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -83,8 +83,7 @@ def schedule(name: str, warmup: int, total: int) -> Callable[[int], float]:
     Raises:
         ZooError: No schedule of that name.
     """
-    if name not in SCHEDULES:
-        raise unknown("optim.schedule", name, SCHEDULES)
+    checks.choice("optim.schedule", name, SCHEDULES)
 
     def factor(step: int) -> float:
         if step < warmup:
