@@ -403,8 +403,9 @@ for fill, dtype, heads, packed, given in [
     cu = torch.tensor([0, 40]) if packed else None
     state = torch.zeros(1, heads, 16, 16) if given else None
     rate = torch.zeros(heads) if given else None
-    launch.forward(q, k, k, rate, state, cu)
-    launch.backward(q, state, q, k, k, rate, state, cu)
+    inputs = launch.Inputs(q, k, k, rate, state, cu)
+    launch.forward(inputs)
+    launch.backward(q, state, inputs)
 """
 
 

@@ -16,6 +16,7 @@ from zoo.testing.tolerances import assert_close, rms
 
 pytest.importorskip("triton", reason="the kernels need triton")
 
+from zoo.kernels import _moba_launch as launch
 from zoo.kernels import moba
 from zoo.kernels.moba import moba_attention
 
@@ -353,8 +354,8 @@ def test_counts_operations() -> None:
 
 def test_lists_name_every_choice_once() -> None:
     chosen = choose(2, 3, 50, 2, 8)
-    tables = moba._tables(50, 8, None, torch.device("cpu"))
-    slots, ends = moba._lists(chosen, tables)
+    tables = launch.tables(50, 8, None, torch.device("cpu"))
+    slots, ends = launch.lists(chosen, tables)
     for head in range(6):
         flat = chosen.flatten(0, 1)[head].flatten()
         for block in range(7):
@@ -365,7 +366,7 @@ def test_lists_name_every_choice_once() -> None:
 def test_tiles_stay_inside_their_bound() -> None:
     for choices in ([31, 1, 0, 64], [0, 0, 0, 96], [33, 32, 31, 0]):
         ends = torch.tensor([0, *choices]).cumsum(0)[None]
-        tiles, block, until = moba._gather_tiles(ends, 96, 32)
+        tiles, block, until = launch.gather_tiles(ends, 96, 32)
         needed = [-(-c // 32) for c in choices]
         assert int(until[0, -1]) == sum(needed) <= tiles
         wanted = [j for j, n in enumerate(needed) for _ in range(n)]

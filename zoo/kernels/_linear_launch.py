@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,6 +22,27 @@ SHORTEST = 256
 # Programs for each multiprocessor that fill a card, and for all of the interpreter.
 RESIDENT = 2
 INTERPRETED = 1
+
+
+class Inputs(NamedTuple):
+    """The arguments of `zoo.kernels.linear.linear_attention`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+
+    @property
+    def sequences(self) -> int:
+        """How many there are."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def new_state(self) -> Tensor:
+        """Room for a state of each sequence, (S, H, D, E)."""
+        shape = self.sequences, self.q.shape[1], self.q.shape[3], self.v.shape[3]
+        return self.q.new_empty(shape, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -154,24 +175,19 @@ def _states(
     return states, after
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, N, E), and the states after the last tokens."""
+    q, k, v, log_decay, before, cu_seqlens = x
     heads, d, e = q.shape[1], q.shape[3], v.shape[3]
     widths = _widths(q, d, e)
     out = q.new_empty(*q.shape[:3], e)
     cut = cut_pieces(q, cu_seqlens, heads * _tiles(widths))
-    before, end = initial_state, None
+    end = None
     after: Tensor
     if cut.whole:
-        end = after = q.new_empty(cut.sequences, heads, d, e, dtype=torch.float32)
+        end = after = x.new_state()
     else:
-        before, after = _states(k, v, initial_state, log_decay, heads, cut, reverse=False)
+        before, after = _states(k, v, before, log_decay, heads, cut, reverse=False)
     walk_kernel[(cut.count * heads * _tiles(widths),)](
         _given(q), _given(k), _given(v), _given(out), before, end, log_decay, cut.arguments, heads,
         widths, heads // k.shape[1], False, _how(q, max(d, e)), **_options(q, d, e),
@@ -179,34 +195,27 @@ def forward(
     return out, after
 
 
-def backward(
-    do: Tensor,
-    dstate: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(do: Tensor, dstate: Tensor | None, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the initial states."""
+    q, k, v, log_decay, past, cu_seqlens = x
     heads, groups, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     group = heads // groups
     over_e, over_d = _widths(q, d, e), _widths(q, e, d)
     units = _tiles(over_e) + (1 + group) * _tiles(over_d)
     # Twice as many short programs fill an H200 better here.
     cut = cut_pieces(q, cu_seqlens, max(1, groups * units // 2))
-    past, future, end = initial_state, dstate, None
+    future, end = dstate, None
     if cut.whole:
-        end = start = q.new_empty(cut.sequences, heads, d, e, dtype=torch.float32)
+        end = start = x.new_state()
     else:
-        past, _ = _states(k, v, initial_state, log_decay, heads, cut, reverse=False)
+        past, _ = _states(k, v, past, log_decay, heads, cut, reverse=False)
         future, start = _states(q, do, dstate, log_decay, heads, cut, reverse=True)
     dq = q.new_empty(q.shape)
     # Where heads share a group, they add to it one after another, in float32.
     dtype = torch.float32 if group > 1 else q.dtype
-    dk, dv = (x.new_empty(x.shape, dtype=dtype) for x in (k, v))
+    dk, dv = (each.new_empty(each.shape, dtype=dtype) for each in (k, v))
     grad_kernel[(cut.count * groups * units,)](
-        *(_given(x) for x in (q, k, v, do, dq, dk, dv)), past, future, end, log_decay,
+        *(_given(each) for each in (q, k, v, do, dq, dk, dv)), past, future, end, log_decay,
         cut.arguments, groups, over_e, over_d, group, _how(q, max(d, e)),
         **_options(q, d, e, backward=True),
     )  # fmt: skip

@@ -5,8 +5,6 @@ Each walks first the boxes of the other side that need no mask, then those that 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -24,24 +22,36 @@ from zoo.kernels._neighborhood_tiles import (
 )
 
 
-class Head(NamedTuple):
-    """Widths of heads, and how they are read; compiled into the kernels.
+@triton.jit
+def _rows(q, k, v, q_strides, k_strides, v_strides, number, heads, group):
+    """Where a head's queries are, and the keys and values that they meet."""
+    b, h = number // heads, number % heads
+    q += b * q_strides[0] + h * q_strides[1]
+    k += b * k_strides[0] + h // group * k_strides[1]
+    v += b * v_strides[0] + h // group * v_strides[1]
+    return q, k, v
 
-    Args:
-        d: Width D of queries and keys.
-        e: Width E of values.
-        block_d: Columns of a tile of queries or keys.
-        block_e: Columns of a tile of values.
-        upcast: Whether tiles become float32 after loading.
-        precision: Of products of float32 tiles.
-    """
 
-    d: int
-    e: int
-    block_d: int
-    block_e: int
-    upcast: bool
-    precision: str
+@triton.jit
+def _keys_seen(corner, length, RULE: tl.constexpr):
+    """What `cover` says of the keys of a box of queries, on each axis."""
+    x = keys_of(corner, length, RULE, 0)
+    y = keys_of(corner, length, RULE, 1)
+    z = keys_of(corner, length, RULE, 2)
+    return x, y, z
+
+
+@triton.jit
+def _boxes(x, y, z, RULE: tl.constexpr):
+    """Of the boxes in `cover`: the first, how many need no mask, how many do."""
+    first = x[0], y[0], z[0]
+    if RULE.full:
+        full = x[3] * y[3] * z[3]
+        left = x[1] * y[1] * z[1] - full
+    else:
+        full = 0
+        left = x[1] * y[1] * z[1]
+    return first, full, left
 
 
 @triton.jit
@@ -76,11 +86,8 @@ def _forward(
     if not inside:
         return
     number = number.to(tl.int64)
-    b, h = number // heads, number % heads
-    q += b * q_strides[0] + h * q_strides[1]
-    k += b * k_strides[0] + h // group * k_strides[1]
-    v += b * v_strides[0] + h // group * v_strides[1]
-    out += b * out_strides[0] + h * out_strides[1]
+    q, k, v = _rows(q, k, v, q_strides, k_strides, v_strides, number, heads, group)
+    out += number // heads * out_strides[0] + number % heads * out_strides[1]
     lse += number * (shape[0] * shape[1] * shape[2])
 
     row, token, exist = tokens(corner, classes, shape, length, ROWS, RULE)
@@ -88,15 +95,10 @@ def _forward(
     # Finite, so that rows that have seen nothing yet stay free of NaN.
     top = tl.full([q.shape[0]], -1e30, tl.float32)
     state = top, top * 0, tl.full([q.shape[0], HEAD.block_e], 0.0, tl.float32)
-    x = keys_of(corner, length, RULE, 0)
-    y = keys_of(corner, length, RULE, 1)
-    z = keys_of(corner, length, RULE, 2)
-    first = x[0], y[0], z[0]
+    x, y, z = _keys_seen(corner, length, RULE)
+    first, full, left = _boxes(x, y, z, RULE)
     log_scale = scale * 1.4426950408889634
-    left = x[1] * y[1] * z[1]
     if RULE.full:
-        full = x[3] * y[3] * z[3]
-        left -= full
         for t in range(0, full):
             place = box(full_tile(t, x, y, z, RULE), first, classes, shape, length, KEYS, RULE)
             state = _forward_step(
@@ -147,10 +149,8 @@ def _backward_queries(
         return
     number = number.to(tl.int64)
     b, h = number // heads, number % heads
+    q, k, v = _rows(q, k, v, q_strides, k_strides, v_strides, number, heads, group)
     grad += b * grad_strides[0] + h * grad_strides[1]
-    q += b * q_strides[0] + h * q_strides[1]
-    k += b * k_strides[0] + h // group * k_strides[1]
-    v += b * v_strides[0] + h // group * v_strides[1]
     out += b * out_strides[0] + h * out_strides[1]
     dq += b * dq_strides[0] + h * dq_strides[1]
     lse += number * (shape[0] * shape[1] * shape[2])
@@ -164,15 +164,10 @@ def _backward_queries(
     tl.store(delta + token, sums, mask=exist)
     logs = tl.load(lse + token, mask=exist, other=0.0)
     acc = tl.full([q.shape[0], HEAD.block_d], 0.0, tl.float32)
-    x = keys_of(corner, length, RULE, 0)
-    y = keys_of(corner, length, RULE, 1)
-    z = keys_of(corner, length, RULE, 2)
-    first = x[0], y[0], z[0]
+    x, y, z = _keys_seen(corner, length, RULE)
+    first, full, left = _boxes(x, y, z, RULE)
     log_scale = scale * 1.4426950408889634
-    left = x[1] * y[1] * z[1]
     if RULE.full:
-        full = x[3] * y[3] * z[3]
-        left -= full
         for t in range(0, full):
             place = box(full_tile(t, x, y, z, RULE), first, classes, shape, length, KEYS, RULE)
             acc = _query_step(
@@ -245,14 +240,11 @@ def _backward_keys(
     x = queries_of(corner, length, RULE, 0)
     y = queries_of(corner, length, RULE, 1)
     z = queries_of(corner, length, RULE, 2)
-    first = x[0], y[0], z[0]
+    first, full, left = _boxes(x, y, z, RULE)
     log_scale = scale * 1.4426950408889634
-    left = x[1] * y[1] * z[1]
-    if RULE.full:
-        left -= x[3] * y[3] * z[3]
     for _ in range(0, group):
         if RULE.full:
-            for t in range(0, x[3] * y[3] * z[3]):
+            for t in range(0, full):
                 at = full_tile(t, x, y, z, RULE)
                 place = box(at, first, classes, shape, length, ROWS, RULE)
                 state = _key_step(

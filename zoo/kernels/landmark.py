@@ -12,7 +12,7 @@ of causal attention; a result needs one float32 per query and head besides the o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,11 +22,30 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.errors import ZooError
 from zoo.kernels import _landmark as kernels
 from zoo.kernels import refuse
-from zoo.kernels.common import INTERPRET, LEAST, block_d, precision, rows, strides, upcast
+from zoo.kernels._operator import refuse_second, spread, wanted
+from zoo.kernels.common import (
+    INTERPRET,
+    LEAST,
+    LOG2_E,
+    Inputs,
+    Results,
+    block_d,
+    head,
+    like,
+    rows,
+    strides,
+)
 
 LONGEST = 128  # ordinary tokens of a group, which have to fit one tile of keys
 WIDEST = 128  # head dim
-LOG2_E = 1.4426950408889634
+
+
+class Options(NamedTuple):
+    """The other arguments of `landmark_attention`."""
+
+    block: int
+    scale: float
+    cu_seqlens: Tensor | None
 
 
 def landmark_attention(
@@ -107,19 +126,14 @@ def _sequences(cu_seqlens: Tensor | None, size: int, q: Tensor) -> tuple[Tensor 
     return torch.stack(table, 1).to(torch.int32), len(rank)
 
 
-def _constants(q: Tensor, v: Tensor, block: int, cu_seqlens: Tensor | None) -> dict[str, Any]:
+def _constants(x: Inputs, options: Options) -> dict[str, Any]:
     """What all three kernels are compiled for."""
     return {
-        "BLOCK": block,
-        "D": q.shape[-1],
-        "E": v.shape[-1],
-        "BD": block_d(q.shape[-1]),
-        "BE": block_d(v.shape[-1]),
-        "BN": block_d(block),
+        "BLOCK": options.block,
+        "HEAD": head(x.q, x.v),
+        "BN": block_d(options.block),
         "MARKS": LEAST,
-        "PREC": precision(q),
-        "UPCAST": upcast(q),
-        "VARLEN": cu_seqlens is not None,
+        "VARLEN": options.cu_seqlens is not None,
     }
 
 
@@ -142,70 +156,62 @@ def _tiling(
     return {"BM": 128, "num_warps": 8, "num_stages": 3}
 
 
-def _like(x: Tensor, width: int) -> Tensor:
-    """Room for heads like those of x, in the order (B, N, H, D) that projections want."""
-    batch, heads, length = x.shape[:3]
-    return x.new_empty(batch, length, heads, width).transpose(1, 2)
-
-
-def _able(*tensors: Tensor) -> None:
+def _check_able(x: Inputs) -> None:
     """Raise if the kernels cannot take these tensors; it is too late for another route here."""
-    reason = refuse(*tensors, head_dim=WIDEST, by_name=True)
+    reason = refuse(*x, head_dim=WIDEST, by_name=True)
     if reason:
         raise ZooError(f"the Triton kernel of Landmark attention cannot run: {reason}")
 
 
 @torch.library.custom_op("zoo::landmark_fwd", mutates_args=())
-def _landmark_fwd(
-    q: Tensor, k: Tensor, v: Tensor, block: int, scale: float, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H, N, E) and log2-sum-exp2 of the outer softmax (B, H, N)."""
-    _able(q, k, v)
-    out, lse = _fake_fwd(q, k, v, block, scale, cu_seqlens)
+@spread
+def _landmark_fwd(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    """Attend; what comes out are `Results`."""
+    _check_able(x)
+    out, lse = _outputs(x)
     if out.numel() == 0:
         return out, lse
-    q, k, v = rows(q), rows(k), rows(v)
+    q, k, v = (rows(each) for each in x)
+    block, scale, cu_seqlens = options
     heads = q.shape[1]
     tiling = _tiling(q, v, block)
     with torch.cuda.device_of(q):
         places, tiles = _sequences(cu_seqlens, tiling["BM"], q)
         kernels.forward[(q.shape[0] * tiles, heads)](
             q, strides(q), k, strides(k), v, strides(v), out, strides(out), lse, places, tiles,
-            q.shape[2], heads // k.shape[1], scale * LOG2_E,
-            **_constants(q, v, block, cu_seqlens), **tiling,
+            q.shape[2], heads // k.shape[1], scale * LOG2_E, **_constants(x, options), **tiling,
         )  # fmt: skip
     return out, lse
 
 
+def _outputs(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Room for `Results`."""
+    return like(x.q, x.v.shape[3]), x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
+
+
 @_landmark_fwd.register_fake
-def _fake_fwd(
-    q: Tensor, k: Tensor, v: Tensor, block: int, scale: float, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return _like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+@spread
+def _(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    return _outputs(x)
 
 
 @torch.library.custom_op("zoo::landmark_bwd", mutates_args=())
+@spread
 def _landmark_bwd(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
+    grad: Tensor, x: Inputs, results: Results, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their types."""
-    _able(q, k, v)
-    dq, dk, dv = _fake_bwd(grad, q, k, v, out, lse, block, scale, cu_seqlens)
-    if q.numel() == 0:
+    _check_able(x)
+    dq, dk, dv = (like(each) for each in x)
+    if x.q.numel() == 0:
         return dq, dk, dv
-    q, k, v, grad = rows(q), rows(k), rows(v), rows(grad)
+    q, k, v, grad = rows(x.q), rows(x.k), rows(x.v), rows(grad)
+    out, lse = results
+    block, scale, cu_seqlens = options
     batch, heads, length = q.shape[:3]
     rep = heads // k.shape[1]
     delta = torch.empty_like(lse)
-    constants, tiling = _constants(q, v, block, cu_seqlens), _tiling(q, v, block, backward=True)
+    constants, tiling = _constants(x, options), _tiling(q, v, block, backward=True)
     numbers = (length, rep, scale * LOG2_E, scale)
     with torch.cuda.device_of(q):
         places, tiles = _sequences(cu_seqlens, tiling["BM"], q)
@@ -224,18 +230,9 @@ def _landmark_bwd(
 
 
 @_landmark_bwd.register_fake
-def _fake_bwd(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3])
+@spread
+def _(grad: Tensor, x: Inputs, results: Results, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    return like(x.q), like(x.k), like(x.v)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -248,18 +245,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-    grads = _landmark_bwd(grad, q, k, v, out, lse, ctx.block, ctx.scale, cu_seqlens)
-    wanted = zip(grads, ctx.needs_input_grad[:3], strict=True)
-    return (*(dx if needed else None for dx, needed in wanted), None, None, None)
-
-
-def _no_second(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-    raise ZooError("zoo::landmark is differentiable once only; take the reference for more")
+    *tensors, cu_seqlens = ctx.saved_tensors
+    grads = _landmark_bwd(grad, *tensors, ctx.block, ctx.scale, cu_seqlens)
+    return (*wanted(ctx, grads), None, None, None)
 
 
 _landmark_fwd.register_autograd(_backward, setup_context=_save)
-_landmark_bwd.register_autograd(_no_second)
+refuse_second(
+    _landmark_bwd, "zoo::landmark is differentiable once only; take the reference for more"
+)
 
 
 def _pairs(q: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -271,31 +265,10 @@ def _pairs(q: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 @register_flop_formula(torch.ops.zoo.landmark_fwd, get_raw=True)
-def _fwd_flops(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    return 2 * _pairs(q, cu_seqlens) * (q.shape[3] + v.shape[3])
+def _fwd_flops(q: Tensor, k: Tensor, v: Tensor, *options: Any, **kwargs: Any) -> int:
+    return 2 * _pairs(q, options[-1]) * (q.shape[3] + v.shape[3])
 
 
 @register_flop_formula(torch.ops.zoo.landmark_bwd, get_raw=True)
-def _bwd_flops(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    return 2 * _pairs(q, cu_seqlens) * (3 * q.shape[3] + 2 * v.shape[3])
+def _bwd_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **kwargs: Any) -> int:
+    return 2 * _pairs(q, rest[-1]) * (3 * q.shape[3] + 2 * v.shape[3])

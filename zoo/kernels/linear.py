@@ -44,112 +44,88 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import ZooError
 from zoo.kernels import refuse
-from zoo.kernels._linear_launch import CHUNK, backward, forward
+from zoo.kernels._linear_launch import CHUNK, Inputs, backward, forward
+from zoo.kernels._operator import refuse_second, spread
 from zoo.kernels.common import INTERPRET, rows
 
 # Largest width of a head of q and k, and of v.
 WIDEST = 256
 
 
-def _prepare(tensors: tuple[Tensor, ...], cu_seqlens: Tensor | None) -> list[Tensor]:
-    """The tensors with contiguous rows.
+def _prepare(x: Inputs, *others: Tensor) -> Inputs:
+    """The inputs with contiguous rows.
 
     Raises:
-        ZooError: No kernel can take them, or packed sequences do not cover the tokens.
+        ZooError: No kernel can take them and the others, or packed sequences do not cover the
+            tokens.
     """
-    reason = refuse(*tensors, head_dim=WIDEST, by_name=True)
-    if reason is None and tensors[0].device.type == "cpu" and not INTERPRET:
+    cu_seqlens = x.cu_seqlens
+    reason = refuse(*x[:3], *others, head_dim=WIDEST, by_name=True)
+    if reason is None and x.q.device.type == "cpu" and not INTERPRET:
         reason = "TRITON_INTERPRET was set after the kernels were imported"
     if reason is not None:
         raise ZooError(f"the linear attention kernel cannot run: {reason}")
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":  # elsewhere it would wait
-        bounds, length = cu_seqlens.tolist(), tensors[0].shape[2]
+        bounds, length = cu_seqlens.tolist(), x.q.shape[2]
         if bounds != sorted(bounds) or bounds[:1] != [0] or bounds[-1] != length:
             raise ZooError(f"cu_seqlens={bounds} must go from 0 to {length} and never fall")
-    return [rows(x) for x in tensors]
+    state = _contiguous(x.initial_state)
+    return Inputs(rows(x.q), rows(x.k), rows(x.v), x.log_decay, state, cu_seqlens)
 
 
-def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _contiguous(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.contiguous()
 
 
-def _unchanged(state: Tensor | None, q: Tensor, v: Tensor, sequences: int) -> Tensor:
+def _unchanged(state: Tensor | None, x: Inputs) -> Tensor:
     """A copy of the state (or zeros), which no token has changed."""
-    if state is not None:
-        return state.clone(memory_format=torch.contiguous_format)
-    shape = (sequences, q.shape[1], q.shape[3], v.shape[3])
-    return q.new_zeros(shape, dtype=torch.float32)
+    if state is None:
+        return x.new_state().zero_()
+    return state.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("zoo::linear_fwd", mutates_args=(), device_types=("cpu", "cuda"))
-def _linear_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    q, k, v = _prepare((q, k, v), cu_seqlens)
-    if not q.numel():
-        state = _unchanged(initial_state, q, v, _sequences(q, cu_seqlens))
-        return v.new_empty(*q.shape[:3], v.shape[3]), state
-    if initial_state is not None:
-        initial_state = initial_state.contiguous()
-    with torch.cuda.device_of(q):
-        return forward(q, k, v, log_decay, initial_state, cu_seqlens)
+@spread
+def _linear_fwd(x: Inputs) -> tuple[Tensor, Tensor]:
+    x = _prepare(x)
+    if not x.q.numel():
+        return _outputs(x), _unchanged(x.initial_state, x)
+    with torch.cuda.device_of(x.q):
+        return forward(x)
+
+
+def _outputs(x: Inputs) -> Tensor:
+    """Room for outputs."""
+    return x.v.new_empty(*x.q.shape[:3], x.v.shape[3])
 
 
 @_linear_fwd.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    shape = (_sequences(q, cu_seqlens), q.shape[1], q.shape[3], v.shape[3])
-    return v.new_empty(*q.shape[:3], v.shape[3]), v.new_empty(shape, dtype=torch.float32)
+@spread
+def _(x: Inputs) -> tuple[Tensor, Tensor]:
+    return _outputs(x), x.new_state()
 
 
 @torch.library.custom_op("zoo::linear_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+@spread
 def _linear_bwd(
-    grad: Tensor,
-    grad_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    grad: Tensor, grad_state: Tensor | None, x: Inputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, grad = _prepare((q, k, v, grad), cu_seqlens)
-    if not q.numel():
-        start = _unchanged(grad_state, q, v, _sequences(q, cu_seqlens))
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), start
-    if grad_state is not None:
-        grad_state = grad_state.contiguous()
-    if initial_state is not None:
-        initial_state = initial_state.contiguous()
-    with torch.cuda.device_of(q):
-        return backward(grad, grad_state, q, k, v, log_decay, initial_state, cu_seqlens)
+    x = _prepare(x, grad)
+    if not x.q.numel():
+        return *_gradients(x), _unchanged(grad_state, x)
+    with torch.cuda.device_of(x.q):
+        return backward(rows(grad), _contiguous(grad_state), x)
+
+
+def _gradients(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of q, k and v."""
+    return x.q.new_empty(x.q.shape), x.k.new_empty(x.k.shape), x.v.new_empty(x.v.shape)
 
 
 @_linear_bwd.register_fake
-def _(
-    grad: Tensor,
-    grad_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = (_sequences(q, cu_seqlens), q.shape[1], q.shape[3], v.shape[3])
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv, v.new_empty(shape, dtype=torch.float32)
+@spread
+def _(grad: Tensor, grad_state: Tensor | None, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_gradients(x), x.new_state()
 
 
 def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -160,23 +136,18 @@ def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Ten
 def _differentiate(
     ctx: Any, grad: Tensor | None, grad_state: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+    x = Inputs(*ctx.saved_tensors)
     if grad is None:
-        grad = v.new_zeros(*q.shape[:3], v.shape[3])
-    dq, dk, dv, start = torch.ops.zoo.linear_bwd(
-        grad, grad_state, q, k, v, log_decay, initial_state, cu_seqlens
-    )
-    return dq, dk, dv, None, None if initial_state is None else start, None
-
-
-def _refuse_second(ctx: Any, *grads: Tensor | None) -> None:
-    raise ZooError(
-        "the linear attention kernel has no second derivative; backend='reference' or 'torch' has"
-    )
+        grad = x.v.new_zeros(*x.q.shape[:3], x.v.shape[3])
+    dq, dk, dv, start = torch.ops.zoo.linear_bwd(grad, grad_state, *x)
+    return dq, dk, dv, None, None if x.initial_state is None else start, None
 
 
 _linear_fwd.register_autograd(_differentiate, setup_context=_save)
-_linear_bwd.register_autograd(_refuse_second)
+refuse_second(
+    _linear_bwd,
+    "the linear attention kernel has no second derivative; backend='reference' or 'torch' has",
+)
 
 
 def _linear_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> int:
@@ -225,21 +196,16 @@ def linear_attention(
         ZooError: Shapes or types that do not fit, a decay that wants a gradient, or tensors that a
             Triton kernel cannot take.
     """
-    _check(q, k, v, log_decay, initial_state, cu_seqlens)
-    return torch.ops.zoo.linear_fwd(q, k, v, log_decay, initial_state, cu_seqlens)
+    x = Inputs(q, k, v, log_decay, initial_state, cu_seqlens)
+    _check(x)
+    return torch.ops.zoo.linear_fwd(*x)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ZooError(f"{name} of shape {tuple(x.shape)} must be (B, heads, N, width)")
+def _check(x: Inputs) -> None:
+    q, k, v, log_decay, initial_state, cu_seqlens = x
+    for name, each in (("q", q), ("k", k), ("v", v)):
+        if each.ndim != 4:
+            raise ZooError(f"{name} of shape {tuple(each.shape)} must be (B, heads, N, width)")
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or k.shape[:3] != v.shape[:3]:
         raise ZooError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit; "
@@ -267,7 +233,7 @@ def _check(
             f"{q.shape[0]} samples; allowed: int32 or int64, (S + 1,), and one sample"
         )
     if initial_state is not None:
-        shape = (_sequences(q, cu_seqlens), heads, q.shape[3], v.shape[3])
+        shape = (x.sequences, heads, q.shape[3], v.shape[3])
         if initial_state.dtype != torch.float32 or initial_state.shape != shape:
             raise ZooError(
                 f"initial_state of {initial_state.dtype} and shape {tuple(initial_state.shape)}; "

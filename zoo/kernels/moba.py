@@ -14,7 +14,6 @@ in a graph and compiled. Memory: P + 1 partial outputs while a pass runs, the li
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,142 +23,57 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import ZooError
 from zoo.kernels import _moba, refuse
-from zoo.kernels.common import INTERPRET, block_d, precision, rows, strides, upcast
+from zoo.kernels import _moba_launch as launch
+from zoo.kernels._operator import refuse_second, spread
+from zoo.kernels.common import INTERPRET, LOG2_E, rows, strides
 
 HEAD_DIM = 256
-LOG2_E = math.log2(math.e)
 
 
-class _Tables(NamedTuple):
-    """Where blocks and rows are, int32; the same for all heads and samples.
-
-    Args:
-        starts: First token of each block, (blocks,).
-        stops: Token after its last one; blocks that do not exist are empty.
-        begins: First token of each row's own block, (N,).
-        numbers: Number of a row's own block within its sequence, (N,).
-        base: Number of the first block of a row's sequence among all blocks, (N,).
-    """
-
-    starts: Tensor
-    stops: Tensor
-    begins: Tensor
-    numbers: Tensor
-    base: Tensor
-
-
-class _Tile(NamedTuple):
-    """How a kernel is launched: rows and columns of its tiles, warps, stages of its pipeline."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
-
-def _blocks(tokens: int, block: int, cu_seqlens: Tensor | None) -> int:
-    """Most blocks that there can be; without a look at where sequences end."""
-    sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (tokens + sequences * (block - 1)) // block
-
-
-def _tables(tokens: int, block: int, cu_seqlens: Tensor | None, device: torch.device) -> _Tables:
-    """Tables of sequences packed one after the other, or of a single one."""
-    blocks = _blocks(tokens, block, cu_seqlens)
-    row = torch.arange(tokens, device=device)
-    number = torch.arange(blocks, device=device)
-    if cu_seqlens is None:
-        begins, index, base = row // block * block, row // block, torch.zeros_like(row)
-        starts = number * block
-        limits = torch.full_like(starts, tokens)
-    else:
-        cu = cu_seqlens.long()
-        until = ((cu.diff() + block - 1) // block).cumsum(0)  # blocks of this and earlier sequences
-        before = torch.cat([until.new_zeros(1), until])
-        sequence = torch.searchsorted(cu, row, right=True) - 1
-        index = (row - cu[sequence]) // block
-        begins, base = cu[sequence] + index * block, before[sequence]
-        sequence = torch.searchsorted(until, number, right=True)
-        # Numbers beyond the last block belong to the sequence after the last: no tokens.
-        starts = cu[sequence] + (number - before[sequence]) * block
-        limits = torch.cat([cu[1:], cu[-1:]])[sequence]
-    stops = torch.minimum(starts + block, limits)
-    return _Tables(*(x.clamp(max=tokens).int() for x in (starts, stops, begins, index, base)))
-
-
-def _lists(chosen: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
-    """The choices (B, H, N, P) sorted by head and block.
-
-    Returns:
-        slots: Choices within their head, (B H N P,) int32; those of no block at each head's end.
-        ends: Where each block's choices begin among all, (B H, blocks + 1) int64.
-    """
-    heads, choices = chosen.shape[0] * chosen.shape[1], chosen.shape[2] * chosen.shape[3]
-    blocks = tables.starts.shape[0]
-    past = (chosen >= 0) & (chosen < tables.numbers[:, None])
-    key = torch.where(past, chosen + tables.base[:, None], blocks).view(heads, choices)
-    count = heads * (blocks + 1)
-    # The fewer bytes a key has, the fewer passes sorting takes.
-    dtype = next(t for t in (torch.int16, torch.int32, torch.int64) if count <= torch.iinfo(t).max)
-    every = torch.arange(count, device=chosen.device).view(heads, blocks + 1)
-    key, order = (key + every[:, :1]).to(dtype).flatten().sort(stable=True)
-    ends = torch.searchsorted(key, every.to(dtype))
-    return (order % max(choices, 1)).int(), ends
-
-
-def _gather_tiles(ends: Tensor, choices: int, size: int) -> tuple[int, Tensor, Tensor]:
-    """Cut every block's gathered rows into tiles.
+class Inputs(NamedTuple):
+    """What attends to what; the arguments of `moba_attention`.
 
     Args:
-        ends: (B H, blocks + 1).
-        choices: Choices of a head.
-        size: Rows of a tile.
-
-    Returns:
-        The most tiles that a head can have; the block of each of them, (B H, tiles) int32, the
-        number of blocks beyond the last tile; tiles up to and with each block, (B H, blocks) int32.
+        q: (B, H, N, D).
+        k: (B, G, N, D).
+        v: (B, G, N, E).
+        chosen: (B, H, N, P) int32.
+        cu_seqlens: (sequences + 1,), or None.
     """
-    blocks = ends.shape[1] - 1
-    tiles = (choices + blocks * (size - 1)) // size
-    until = ((ends.diff(dim=1) + size - 1) // size).cumsum(1)
-    number = torch.arange(tiles, device=ends.device).expand(ends.shape[0], tiles).contiguous()
-    return tiles, torch.searchsorted(until, number, right=True, out_int32=True), until.int()
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    chosen: Tensor
+    cu_seqlens: Tensor | None
+
+    def by_rows(self) -> Inputs:
+        """The same, as kernels read it."""
+        q, k, v = (rows(x) for x in self[:3])
+        return Inputs(q, k, v, self.chosen.contiguous(), self.cu_seqlens)
 
 
-def _tile(q: Tensor, v: Tensor, block: int, *, backward: bool = False) -> _Tile:
-    """Sizes as an H200 likes them; small ones in the interpreter, where tests need many tiles."""
-    if INTERPRET:
-        return _Tile(32, min(32, block_d(block)), 4, 1)
-    row = max(block_d(q.shape[-1]), block_d(v.shape[-1])) * q.element_size()
-    if q.dtype == torch.float32:  # exact products keep their operands in registers
-        size = _Tile(32, 32, 8, 1)
-    elif row > 256:
-        size = _Tile(64, 32, 4, 2) if not backward else _Tile(32, 32, 4, 2)
-    else:
-        size = _Tile(64, 64, 4, 2 if backward else 3)
-    return size._replace(columns=min(size.columns, block_d(block)))
+class Options(NamedTuple):
+    """Tokens of a block, and the factor on the scores."""
+
+    block: int
+    scale: float
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors' own."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+class Results(NamedTuple):
+    """What the backward pass needs of the forward pass.
 
+    Args:
+        out: (B, H, N, E).
+        lse: Base-2 log-sum-exps of the rows, (B, H, N).
+        slots: The choices sorted by block; see `zoo.kernels._moba_launch.lists`.
+        ends: Where each block's choices begin.
+    """
 
-def _options(q: Tensor, k: Tensor, v: Tensor, tile: _Tile) -> dict[str, Any]:
-    return {
-        "H": q.shape[1],
-        "GROUP": q.shape[1] // k.shape[1],
-        "D": q.shape[3],
-        "E": v.shape[3],
-        "BD": block_d(q.shape[3]),
-        "BE": block_d(v.shape[3]),
-        "BM": tile.rows,
-        "BN": tile.columns,
-        "UPCAST": upcast(q),
-        "PREC": precision(q),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+    out: Tensor
+    lse: Tensor
+    slots: Tensor
+    ends: Tensor
 
 
 def _check_device(q: Tensor) -> None:
@@ -167,152 +81,128 @@ def _check_device(q: Tensor) -> None:
         raise ZooError("a CPU runs Triton kernels in the interpreter only (TRITON_INTERPRET=1)")
 
 
+def _outputs(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Room for what the forward pass leaves behind, beside the lists."""
+    out = x.q.new_empty(*x.q.shape[:3], x.v.shape[3])
+    return out, x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
+
+
 @torch.library.custom_op("zoo::moba_fwd", mutates_args=(), device_types=("cpu", "cuda"))
-def moba_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    chosen: Tensor,
-    cu_seqlens: Tensor | None,
-    block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output (B, H, N, E), base-2 log-sum-exp (B, H, N), and the lists of `_lists`."""
-    _check_device(q)
-    q, k, v, chosen = rows(q), rows(k), rows(v), chosen.contiguous()
+@spread
+def moba_fwd(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attend; what comes out are `Results`."""
+    _check_device(x.q)
+    x = x.by_rows()
+    q, k, v, chosen = x[:4]
     batch, heads, tokens, picks = chosen.shape
-    out = q.new_empty(batch, heads, tokens, v.shape[3])
-    lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
-    tables = _tables(tokens, block, cu_seqlens, q.device)
-    slots, ends = _lists(chosen, tables)
+    block = options.block
+    out, lse = _outputs(x)
+    tables = launch.tables(tokens, block, x.cu_seqlens, q.device)
+    slots, ends = launch.lists(chosen, tables)
     if not out.numel():
         return out, lse, slots, ends
     part = q.new_empty(batch, heads, tokens, picks, v.shape[3])
     part_lse = q.new_empty(batch, heads, tokens, picks, dtype=torch.float32)
-    moves = (*strides(q), *strides(k), *strides(v))
-    factor = scale * LOG2_E
-    with _on(q):
+    moves = (strides(q), strides(k), strides(v))
+    factor = options.scale * LOG2_E
+    with torch.cuda.device_of(q):
         if picks and block < tokens:
-            tile = _tile(q, v, block)
-            tiles, tile_block, tile_end = _gather_tiles(ends, tokens * picks, tile.rows)
+            size = launch.tile(q, v, block)
+            tiles, tile_block, tile_end = launch.gather_tiles(ends, tokens * picks, size.rows)
             _moba.chosen_forward[(tiles * batch * heads,)](
                 q, k, v, part, part_lse, slots, ends, tile_block, tile_end, tables.starts,
                 *moves, factor, tokens, tiles, ends.shape[1] - 1,
-                P=picks, BLOCK=block, **_options(q, k, v, tile),
+                P=picks, BLOCK=block, H=heads, **launch.options(q, k, v, size),
             )  # fmt: skip
-        tile = _tile(q, v, tokens)
-        tiles = triton.cdiv(tokens, tile.rows)
+        size = launch.tile(q, v, tokens)
+        tiles = triton.cdiv(tokens, size.rows)
         _moba.own_forward[(tiles * batch * heads,)](
             q, k, v, part, part_lse, chosen, tables.begins, tables.numbers, out, lse,
-            *moves, factor, tokens, tiles, P=picks, **_options(q, k, v, tile),
+            *moves, factor, tokens, tiles, P=picks, H=heads, **launch.options(q, k, v, size),
         )  # fmt: skip
     return out, lse, slots, ends
 
 
 @moba_fwd.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    chosen: Tensor,
-    cu_seqlens: Tensor | None,
-    block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, tokens, picks = chosen.shape
-    blocks = _blocks(tokens, block, cu_seqlens)
+@spread
+def _(x: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, tokens, picks = x.chosen.shape
+    blocks = launch.count_blocks(tokens, options.block, x.cu_seqlens)
     return (
-        q.new_empty(batch, heads, tokens, v.shape[3]),
-        q.new_empty(batch, heads, tokens, dtype=torch.float32),
-        chosen.new_empty(batch * heads * tokens * picks, dtype=torch.int32),
-        chosen.new_empty(batch * heads, blocks + 1, dtype=torch.int64),
+        *_outputs(x),
+        x.chosen.new_empty(batch * heads * tokens * picks, dtype=torch.int32),
+        x.chosen.new_empty(batch * heads, blocks + 1, dtype=torch.int64),
     )
 
 
 @torch.library.custom_op("zoo::moba_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+@spread
 def moba_bwd(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    chosen: Tensor,
-    cu_seqlens: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    slots: Tensor,
-    ends: Tensor,
-    block: int,
-    scale: float,
+    grad: Tensor, x: Inputs, results: Results, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    _check_device(q)
-    q, k, v, chosen = rows(q), rows(k), rows(v), chosen.contiguous()
+    _check_device(x.q)
+    x = x.by_rows()
+    q, k, v, chosen = x[:4]
     grad = rows(grad.to(q.dtype))
-    out, lse = out.contiguous(), lse.contiguous()
+    out, lse = results.out.contiguous(), results.lse.contiguous()
+    slots, ends = results.slots, results.ends
     batch, heads, tokens, picks = chosen.shape
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    block, scale = options
+    dq, dk, dv = _gradients(x)
     if not out.numel():
         return dq, dk, dv
-    tables = _tables(tokens, block, cu_seqlens, q.device)
+    tables = launch.tables(tokens, block, x.cu_seqlens, q.device)
     blocks = ends.shape[1] - 1
     delta = torch.empty_like(lse)
     part = q.new_empty(batch, heads, tokens, picks, q.shape[3])
-    moves = (*strides(grad), *strides(q), *strides(k), *strides(v))
+    moves = (strides(grad), strides(q), strides(k), strides(v))
     factor = scale * LOG2_E
-    with _on(q):
-        tile = _tile(q, v, tokens, backward=True)
-        tiles = triton.cdiv(tokens, tile.rows)
-        options = _options(q, k, v, tile)
+    with torch.cuda.device_of(q):
+        far = launch.tile(q, v, tokens, backward=True)
+        tiles = triton.cdiv(tokens, far.rows)
+        whole = launch.options(q, k, v, far)
         _moba.row_products[(tiles * batch * heads,)](
-            grad, out, delta, *strides(grad), tokens, tiles,
-            H=heads, E=v.shape[3], BE=options["BE"], BM=tile.rows, UPCAST=options["UPCAST"],
+            grad, out, delta, strides(grad), tokens, tiles,
+            H=heads, HEAD=whole["HEAD"], BM=far.rows,
         )  # fmt: skip
-        near = _tile(q, v, min(block, tokens), backward=True)
+        near = launch.tile(q, v, min(block, tokens), backward=True)
         pieces = triton.cdiv(min(block, tokens), near.columns)
-        shared = _options(q, k, v, near)
-        group = {name: value for name, value in shared.items() if name != "H"}
+        within = launch.options(q, k, v, near)
         _moba.key_backward[(pieces * blocks * batch * k.shape[1],)](
             grad, q, k, v, lse, delta, slots, ends, tables.starts, tables.stops, dk, dv,
-            *moves, factor, scale, tokens, blocks, pieces, G=k.shape[1], P=picks, **group,
+            *moves, factor, scale, tokens, blocks, pieces, P=picks, G=k.shape[1], **within,
         )  # fmt: skip
         if picks and block < tokens:
-            gathered, tile_block, tile_end = _gather_tiles(ends, tokens * picks, near.rows)
+            gathered, tile_block, tile_end = launch.gather_tiles(ends, tokens * picks, near.rows)
             _moba.chosen_backward[(gathered * batch * heads,)](
                 grad, q, k, v, lse, delta, part, slots, ends, tile_block, tile_end, tables.starts,
                 *moves, factor, scale, tokens, gathered, blocks,
-                P=picks, BLOCK=block, **shared,
+                P=picks, BLOCK=block, H=heads, **within,
             )  # fmt: skip
         _moba.own_backward[(tiles * batch * heads,)](
             grad, q, k, v, lse, delta, part, chosen, tables.begins, tables.numbers, dq,
-            *moves, factor, scale, tokens, tiles, P=picks, **options,
+            *moves, factor, scale, tokens, tiles, P=picks, H=heads, **whole,
         )  # fmt: skip
     return dq, dk, dv
 
 
+def _gradients(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what the backward pass finds."""
+    return x.q.new_empty(x.q.shape), x.k.new_empty(x.k.shape), x.v.new_empty(x.v.shape)
+
+
 @moba_bwd.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    chosen: Tensor,
-    cu_seqlens: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    slots: Tensor,
-    ends: Tensor,
-    block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+@spread
+def _(grad: Tensor, x: Inputs, results: Results, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(x)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, chosen, cu_seqlens, ctx.block, ctx.scale = inputs
-    out, lse, slots, ends = output
-    ctx.mark_non_differentiable(lse, slots, ends)
+    *tensors, ctx.block, ctx.scale = inputs
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, chosen, cu_seqlens, out, lse, slots, ends)
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -322,14 +212,10 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
     return (*found, None, None, None, None)
 
 
-def _no_second(ctx: Any, *grads: Any) -> None:
-    raise ZooError(
-        "the Triton kernel of MoBA has no second derivative; backend 'reference' has one"
-    )
-
-
 moba_fwd.register_autograd(_differentiate, setup_context=_keep)
-moba_bwd.register_autograd(_no_second)
+refuse_second(
+    moba_bwd, "the Triton kernel of MoBA has no second derivative; backend 'reference' has one"
+)
 
 
 def _pairs(q: tuple[int, ...], chosen: tuple[int, ...], block: int) -> int:

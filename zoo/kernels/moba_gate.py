@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import ZooError
 from zoo.kernels import _moba_gate, moba, refuse
+from zoo.kernels import _moba_launch as launch
 from zoo.kernels.common import INTERPRET, block_d, rows, strides, upcast
 
 HEAD_DIM = 256
@@ -56,17 +57,17 @@ def moba_choose(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, block: int, pic
         return out
     packed = cu_seqlens is not None
     # Of a single sequence only whole blocks can be chosen.
-    count = moba._blocks(keys, block, cu_seqlens) if packed else keys // block
+    count = launch.count_blocks(keys, block, cu_seqlens) if packed else keys // block
     if not count:
         return out.fill_(-1)
     starts = stops = numbers = base = None
     if packed:
-        starts, stops, _, numbers, base = moba._tables(keys, block, cu_seqlens, q.device)
+        starts, stops, _, numbers, base = launch.tables(keys, block, cu_seqlens, q.device)
     means = q.new_empty(batch, groups, count, 3, width, dtype=torch.bfloat16)
     size, columns, warps = _tile(q)
     padded = block_d(width)
     tokens = min(16 if INTERPRET else 4096 // padded, triton.next_power_of_2(block))
-    with moba._on(q):
+    with torch.cuda.device_of(q):
         _moba_gate.block_means[(count * batch * groups,)](
             k, means, starts, stops, *strides(k), count, block,
             G=groups, D=width, BD=padded, BT=tokens, PACKED=packed, UPCAST=upcast(k),

@@ -29,15 +29,38 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import ZooError
 from zoo.kernels import refuse
-from zoo.kernels._neighborhood import Head, _backward_keys, _backward_queries, _forward
+from zoo.kernels._neighborhood import _backward_keys, _backward_queries, _forward
 from zoo.kernels._neighborhood_tiles import Rule, count_pairs, count_tiles, with_boxes
-from zoo.kernels.common import INTERPRET, LEAST, block_d, precision, rows, strides, upcast
+from zoo.kernels._operator import refuse_second, spread, wanted
+from zoo.kernels.common import (
+    INTERPRET,
+    LEAST,
+    Head,
+    Inputs,
+    Results,
+    head,
+    like,
+    rows,
+    strides,
+)
 
 HEAD_DIM = 128
 # Queries and keys of a box.
 ROWS, KEYS = 64, 64
 # Both, where float32 products have to be exact: these keep their factors in registers.
 EXACT = 32
+
+
+class Options(NamedTuple):
+    """The other arguments of `neighborhood_attention`."""
+
+    shape: Sequence[int]
+    kernel_size: Sequence[int]
+    dilation: Sequence[int]
+    stride: Sequence[int]
+    causal: Sequence[bool]
+    clip: bool
+    scale: float
 
 
 def _three(values: Sequence[Any], fill: Any) -> Any:
@@ -77,132 +100,108 @@ class _Launch(NamedTuple):
         return (count,)
 
 
-def _launch(q: Tensor, v: Tensor, grid: tuple[int, ...], rule: Rule, backward: bool) -> _Launch:
+def _launch(x: Inputs, options: Options, backward: bool) -> _Launch:
     """Choose boxes, warps and stages: for half precision as an H200 likes them at D = 128."""
+    q = x.q
     if not INTERPRET and q.device.type != "cuda":
         raise ZooError(f"q is on {q.device}; allowed: CUDA devices, or TRITON_INTERPRET=1")
-    d, e = q.shape[-1], v.shape[-1]
-    head = Head(d, e, block_d(d), block_d(e), upcast(q), precision(q))
-    width = max(head.block_d, head.block_e)
+    grid, rule = _rule(*options[:6])
+    own = head(q, x.v)
+    width = max(own.block_d, own.block_e)
     half = q.element_size() < 4
-    if not half and head.precision == "ieee":
+    if not half and own.precision == "ieee":
         queries, keys = EXACT, EXACT
     else:
         queries, keys = ROWS, KEYS
     assert min(queries, keys) >= LEAST
     warps = 8 if width > 64 and not half else 4
     stages = 3 if half and not backward else 2
-    return _Launch(grid, with_boxes(grid, rule, queries, keys), head, warps, stages)
+    return _Launch(grid, with_boxes(grid, rule, queries, keys), own, warps, stages)
 
 
-def _new(q: Tensor, heads: int, width: int) -> Tensor:
-    """(B, heads, N, width), stored with the tokens outside the heads, as projections have it."""
-    return q.new_empty(q.shape[0], q.shape[2], heads, width).transpose(1, 2)
+def _outputs(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Room for `Results`."""
+    return like(x.q, x.v.shape[3]), x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
 
 
 @custom_op("zoo::neighborhood_fwd", mutates_args=())
-def _neighborhood_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    shape: Sequence[int],
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-    stride: Sequence[int],
-    causal: Sequence[bool],
-    clip: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H, N, E) and base-2 log-sum-exps (B, H, N)."""
-    grid, rule = _rule(shape, kernel_size, dilation, stride, causal, clip)
-    start = _launch(q, v, grid, rule, backward=False)
-    q, k, v = rows(q), rows(k), rows(v)
+@spread
+def _neighborhood_fwd(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    """Attend; what comes out are `Results`."""
+    start = _launch(x, options, backward=False)
+    q, k, v = (rows(each) for each in x)
     heads, groups = q.shape[1], k.shape[1]
-    out = _new(q, heads, v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = _outputs(x)
     if out.numel():
         with torch.cuda.device_of(q):
             _forward[start.programs(start.rule.rows, q.shape[0] * heads)](
                 q, k, v, out, lse, strides(q), strides(k), strides(v), strides(out),
-                heads, heads // groups, grid, scale, start.rule, start.head,
+                heads, heads // groups, start.grid, options.scale, start.rule, start.head,
                 num_warps=start.warps, num_stages=start.stages,
             )  # fmt: skip
     return out, lse
 
 
+@_neighborhood_fwd.register_fake
+@spread
+def _(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    return _outputs(x)
+
+
 @custom_op("zoo::neighborhood_bwd", mutates_args=())
+@spread
 def _neighborhood_bwd(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    shape: Sequence[int],
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-    stride: Sequence[int],
-    causal: Sequence[bool],
-    clip: bool,
-    scale: float,
+    grad: Tensor, x: Inputs, results: Results, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (B, H, N, D), k (B, G, N, D) and v (B, G, N, E)."""
-    grid, rule = _rule(shape, kernel_size, dilation, stride, causal, clip)
-    start = _launch(q, v, grid, rule, backward=True)
-    grad, q, k, v, out, lse = rows(grad), rows(q), rows(k), rows(v), rows(out), lse.contiguous()
+    start = _launch(x, options, backward=True)
+    grad, q, k, v, out = (rows(each) for each in (grad, *x, results.out))
+    lse = results.lse.contiguous()
     heads, groups = q.shape[1], k.shape[1]
-    dq, dk, dv = (_new(x, x.shape[1], x.shape[3]) for x in (q, k, v))
+    dq, dk, dv = (like(each) for each in x)
     delta = torch.empty_like(lse)
     if q.numel():
-        common = (heads // groups, grid, scale, start.rule, start.head)
-        options = {"num_warps": start.warps, "num_stages": start.stages}
+        common = (heads // groups, start.grid, options.scale, start.rule, start.head)
+        launch = {"num_warps": start.warps, "num_stages": start.stages}
         with torch.cuda.device_of(q):
             _backward_queries[start.programs(start.rule.rows, q.shape[0] * heads)](
                 grad, q, k, v, out, lse, delta, dq, strides(grad), strides(q), strides(k),
-                strides(v), strides(out), strides(dq), heads, *common, **options,
+                strides(v), strides(out), strides(dq), heads, *common, **launch,
             )  # fmt: skip
             _backward_keys[start.programs(start.rule.keys, q.shape[0] * groups)](
                 grad, q, k, v, lse, delta, dk, dv, strides(grad), strides(q), strides(k),
-                strides(v), strides(dk), strides(dv), groups, *common, **options,
+                strides(v), strides(dk), strides(dv), groups, *common, **launch,
             )  # fmt: skip
     return dq, dk, dv
 
 
-@_neighborhood_fwd.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rule: Any) -> tuple[Tensor, Tensor]:
-    return _new(q, q.shape[1], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
 @_neighborhood_bwd.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(_new(x, x.shape[1], x.shape[3]) for x in (q, k, v))
+@spread
+def _(grad: Tensor, x: Inputs, results: Results, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    return like(x.q), like(x.k), like(x.v)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ctx.rule = inputs
+    q, k, v, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * len(ctx.rule)
+    rest = (None,) * len(ctx.options)
     if grad is None:
         return None, None, None, *rest
-    found = _neighborhood_bwd(grad, *ctx.saved_tensors, *ctx.rule)
-    wanted = zip(found, ctx.needs_input_grad[:3], strict=True)
-    return *(x if needed else None for x, needed in wanted), *rest
-
-
-def _no_second(ctx: Any, *grads: Any) -> Any:
-    raise ZooError(
-        "the Triton kernel of neighborhood attention has no second derivative; "
-        "take backend='torch' or backend='reference'"
-    )
+    found = _neighborhood_bwd(grad, *ctx.saved_tensors, *ctx.options)
+    return *wanted(ctx, found), *rest
 
 
 _neighborhood_fwd.register_autograd(_backward, setup_context=_keep)
-_neighborhood_bwd.register_autograd(_no_second)
+refuse_second(
+    _neighborhood_bwd,
+    "the Triton kernel of neighborhood attention has no second derivative; take backend='torch' "
+    "or backend='reference'",
+)
 
 
 @register_flop_formula(torch.ops.zoo.neighborhood_fwd)

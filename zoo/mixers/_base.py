@@ -1,9 +1,12 @@
-"""What whole mixers share: checks of sizes and inputs that the host makes for parts."""
+"""What whole mixers share: their constructor, and the checks that the host makes for parts."""
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from zoo import checks
 from zoo.cache import LayerCache
@@ -67,3 +70,101 @@ def check_input(
             f"batch={samples} and keys={total}, got {tuple(mask.shape)}"
         )
     return mask[:, 0, 0, -length:].expand(samples, length)
+
+
+class Mixer(nn.Module):
+    """A module that mixes tokens (B, N, C) by itself and knows no keys of others.
+
+    Args:
+        dim: Channels C.
+        heads: Heads that dropout draws for separately; they must divide `dim`.
+        causal: Only tokens up to the own one are seen.
+        bias: Biases in the projections.
+        dropout: Share of what is dropped in training.
+        device: Where parameters are made.
+        dtype: Their type.
+
+    Raises:
+        ZooError: A size does not fit.
+    """
+
+    # What errors call it: its name in the registry.
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        causal: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(dim, heads, dropout)
+        self.dim, self.heads, self.causal, self.dropout = dim, heads, causal, dropout
+        self.make_layers({"bias": bias, "device": device, "dtype": dtype})
+
+    def make_layers(self, made: dict[str, Any]) -> None:
+        """Make the parameters.
+
+        Args:
+            made: Bias, device and type of every layer.
+        """
+        raise NotImplementedError
+
+    def mix(self, x: Tensor, seen: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """Mix tokens.
+
+        Args:
+            x: (B, N, C).
+            seen: True at the tokens that may be seen, (B, N), or None for all.
+            cache: State after the tokens before these, or None.
+
+        Returns:
+            (B, N, C).
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Mix tokens.
+
+        Args:
+            x: (B, N, C).
+            mask: Boolean, True may be seen, (B|1, 1, 1, N).
+            positions: Of no effect, as in a host without a position part.
+            cache: Keeps what later tokens need of these.
+
+        Raises:
+            ZooError: `x` or `mask` has the wrong shape or type.
+        """
+        seen = check_input(self.name, self.dim, x, mask, cache)
+        y = self.mix(x, seen, cache)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return y
+
+    def drop_values(self, v: Tensor) -> Tensor:
+        """Drop whole values (B, N, C) of a head, in training."""
+        if not (self.training and self.dropout):
+            return v
+        kept = F.dropout(v.new_ones(*v.shape[:2], self.heads, 1), self.dropout)
+        return (v.unflatten(-1, (self.heads, -1)) * kept).flatten(2)
+
+
+class ValueMixer(Mixer):
+    """A mixer with the value and output projections of multi-head attention, and no others."""
+
+    def make_layers(self, made: dict[str, Any]) -> None:
+        """W_V and W_O."""
+        self.v = nn.Linear(self.dim, self.dim, **made)
+        self.proj = nn.Linear(self.dim, self.dim, **made)

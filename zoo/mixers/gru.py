@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from zoo.cache import LayerCache
 from zoo.errors import CompatibilityError
-from zoo.mixers._base import check_input, check_sizes
+from zoo.mixers._base import Mixer
 from zoo.registry import Paper, Taxonomy, Traits, register
 
 
@@ -84,7 +84,7 @@ def gru_reference(x: Tensor, w: Tensor, u: Tensor) -> Tensor:
     parameters="7 * dim ** 2 + 7 * dim * bias",
     notes="torch.compile does not take torch.nn.GRU into a whole graph",
 )
-class GRU(nn.Module):
+class GRU(Mixer):
     """A recurrent layer of `dim` units with an output projection.
 
     Args:
@@ -101,56 +101,26 @@ class GRU(nn.Module):
         CompatibilityError: `causal` is False.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        causal: bool = False,
-        bias: bool = False,
-        dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_sizes(dim, heads, dropout)
-        if not causal:
+    name = "gru"
+
+    def make_layers(self, made: dict[str, Any]) -> None:
+        """The recurrent layer and the output projection."""
+        if not self.causal:
             raise CompatibilityError(
                 "'gru' is defined for causal mixing only: it reads from left to right; "
                 "pass causal=True"
             )
-        self.dim, self.heads, self.causal, self.dropout = dim, heads, causal, dropout
-        made: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.gru = nn.GRU(dim, dim, batch_first=True, **made)
-        self.proj = nn.Linear(dim, dim, **made)
+        self.gru = nn.GRU(self.dim, self.dim, batch_first=True, **made)
+        self.proj = nn.Linear(self.dim, self.dim, **made)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        """Read the tokens in their order.
-
-        Args:
-            x: (B, N, C).
-            mask: Boolean, True may be seen, (B|1, 1, 1, N).
-            positions: Of no effect: the order is that of the sequence.
-            cache: Keeps the state after the tokens before these.
-
-        Raises:
-            ZooError: `x` or `mask` has the wrong shape or type.
-        """
-        seen = check_input("gru", self.dim, x, mask, cache)
+    def mix(self, x: Tensor, seen: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """Read the tokens in the order of the sequence, from the state that the cache keeps."""
         state = cache.get_state("gru") if cache is not None else None
         if state is None:
             state = x.new_zeros(x.shape[0], self.dim)
         h = self._states(x, state) if seen is None else self._skip(x, state, seen)
         if cache is not None:
             cache.set_state("gru", h[:, -1])
-            cache.length += x.shape[1]
         return self.proj(F.dropout(h, self.dropout, self.training))
 
     def _states(self, x: Tensor, state: Tensor) -> Tensor:

@@ -11,14 +11,11 @@ identity as a token mixer is the baseline of Yu et al. 2022, "MetaFormer Baselin
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.cache import LayerCache
-from zoo.mixers._base import check_input, check_sizes
+from zoo.mixers._base import ValueMixer
 from zoo.registry import Paper, Taxonomy, Traits, register
 
 
@@ -52,7 +49,7 @@ def no_mixing_reference(v: Tensor, mask: Tensor | None = None) -> Tensor:
     ),
     parameters="2 * dim ** 2 + 2 * dim * bias",
 )
-class NoMixing(nn.Module):
+class NoMixing(ValueMixer):
     """The values of multi-head attention, each token keeping its own.
 
     Args:
@@ -68,50 +65,11 @@ class NoMixing(nn.Module):
         ZooError: A size does not fit.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        causal: bool = False,
-        bias: bool = False,
-        dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_sizes(dim, heads, dropout)
-        self.dim, self.heads, self.causal, self.dropout = dim, heads, causal, dropout
-        made: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.v = nn.Linear(dim, dim, **made)
-        self.proj = nn.Linear(dim, dim, **made)
+    name = "no_mixing"
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        """Project each token.
-
-        Args:
-            x: (B, N, C).
-            mask: Boolean, True may be seen, (B|1, 1, 1, N); a hidden token gets a zero value.
-            positions: Of no effect, as in a host without a position part.
-            cache: Counts the tokens; nothing else is kept.
-
-        Raises:
-            ZooError: `x` or `mask` has the wrong shape or type.
-        """
-        seen = check_input("no_mixing", self.dim, x, mask, cache)
-        v = self.v(x)
-        if self.training and self.dropout:
-            kept = F.dropout(v.new_ones(*v.shape[:2], self.heads, 1), self.dropout)
-            v = (v.unflatten(-1, (self.heads, -1)) * kept).flatten(2)
+    def mix(self, x: Tensor, seen: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """Project each token; a hidden one gets a zero value, and the cache only counts them."""
+        v = self.drop_values(self.v(x))
         if seen is not None:
             v = v.masked_fill(~seen[..., None], 0.0)
-        if cache is not None:
-            cache.length += x.shape[1]
         return self.proj(v)

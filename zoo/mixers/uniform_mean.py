@@ -14,14 +14,11 @@ while decoding: the sum (C) and the number of tokens seen.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.cache import LayerCache
-from zoo.mixers._base import check_input, check_sizes
+from zoo.mixers._base import ValueMixer
 from zoo.registry import Paper, Taxonomy, Traits, register
 
 
@@ -60,7 +57,7 @@ def uniform_mean_reference(v: Tensor, causal: bool, mask: Tensor | None = None) 
     ),
     parameters="2 * dim ** 2 + 2 * dim * bias",
 )
-class UniformMean(nn.Module):
+class UniformMean(ValueMixer):
     """Running mean of the values, or their mean over the whole sequence.
 
     Args:
@@ -76,50 +73,12 @@ class UniformMean(nn.Module):
         ZooError: A size does not fit.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        causal: bool = False,
-        bias: bool = False,
-        dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_sizes(dim, heads, dropout)
-        self.dim, self.heads, self.causal, self.dropout = dim, heads, causal, dropout
-        made: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.v = nn.Linear(dim, dim, **made)
-        self.proj = nn.Linear(dim, dim, **made)
+    name = "uniform_mean"
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        """Average the values.
-
-        Args:
-            x: (B, N, C).
-            mask: Boolean, True may be seen, (B|1, 1, 1, N).
-            positions: Of no effect, as in a host without a position part.
-            cache: Keeps the sum and the number of the tokens before these.
-
-        Raises:
-            ZooError: `x` or `mask` has the wrong shape or type.
-        """
-        seen = check_input("uniform_mean", self.dim, x, mask, cache)
+    def mix(self, x: Tensor, seen: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """Average the values; the cache keeps the sum and the number of the tokens before these."""
         v = self.v(x)
-        exact = torch.promote_types(v.dtype, torch.float32)
-        total = v.to(exact)
-        if self.training and self.dropout:
-            kept = F.dropout(total.new_ones(*v.shape[:2], self.heads, 1), self.dropout)
-            total = (total.unflatten(-1, (self.heads, -1)) * kept).flatten(2)
+        total = self.drop_values(v.to(torch.promote_types(v.dtype, torch.float32)))
         count = total.new_ones(*v.shape[:2], 1)
         if seen is not None:
             hidden = ~seen[..., None]
@@ -134,6 +93,5 @@ class UniformMean(nn.Module):
                 total, count = total + before[0], count + before[1]
             cache.set_state("sum", total[:, -1:])
             cache.set_state("count", count[:, -1:])
-            cache.length += x.shape[1]
         mean = total / count.clamp(min=1)
         return self.proj(mean.to(v.dtype).expand_as(v))
