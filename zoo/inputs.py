@@ -61,6 +61,8 @@ def like_weights(module: nn.Module, name: str, x: Tensor) -> None:
     """
     if not x.is_floating_point():
         raise ZooError(f"{name} has dtype {x.dtype}; allowed: floating point")
+    if torch.compiler.is_compiling():
+        return  # which would go through all weights each time it traces
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     if weight is None:
         return

@@ -486,11 +486,17 @@ def advance(model: nn.Module, done: float) -> None:
 def tie_layers(model: nn.Module) -> None:
     """Let parts share parameters with the first layer that has a part of the same name.
 
+    A whole module with a method `tie` shares with the first module of its class.
+
     Args:
-        model: Holds the hosts, registered from the first layer to the last.
+        model: Holds the layers, registered from the first to the last.
     """
-    firsts: dict[str, Part] = {}
+    firsts: dict[object, nn.Module] = {}
     for host in model.modules():
+        if not isinstance(host, Part) and callable(getattr(host, "tie", None)):
+            whole = firsts.setdefault(type(host), host)
+            if whole is not host:
+                host.tie(whole)  # type: ignore[operator]
         names = getattr(host, "part_names", {})
         for kind, name in names.items():
             part = getattr(host, kind)

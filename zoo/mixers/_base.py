@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo import checks
+from zoo import checks, inputs
 from zoo.cache import LayerCache
 from zoo.errors import ZooError
 
@@ -90,6 +90,9 @@ class Mixer(nn.Module):
 
     # What errors call it: its name in the registry.
     name: ClassVar[str]
+    # True where reset_parameters must run again after a model has applied its own initialisation.
+    special_init: ClassVar[bool] = False
+    proj: nn.Linear
 
     def __init__(
         self,
@@ -104,6 +107,7 @@ class Mixer(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(dim, heads, dropout)
+        inputs.placed(device, dtype)
         self.dim, self.heads, self.causal, self.dropout = dim, heads, causal, dropout
         self.make_layers({"bias": bias, "device": device, "dtype": dtype})
 
@@ -147,11 +151,24 @@ class Mixer(nn.Module):
         Raises:
             ZooError: `x` or `mask` has the wrong shape or type.
         """
+        inputs.tensors(x=x, mask=mask, positions=positions)
         seen = check_input(self.name, self.dim, x, mask, cache)
+        inputs.like_weights(self, "x", x)
+        if not x.shape[1]:
+            return self.proj(x)  # an empty chunk leaves the cache as it is
         y = self.mix(x, seen, cache)
         if cache is not None:
             cache.length += x.shape[1]
         return y
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters as the paper does, for mixers with `special_init`."""
+
+    def tie(self, first: Mixer) -> None:
+        """Share parameters with `first`, the mixer of this class in a model's first such layer.
+
+        Models call it on every layer; mixers that share nothing between layers ignore it.
+        """
 
     def drop_values(self, v: Tensor) -> Tensor:
         """Drop whole values (B, N, C) of a head, in training."""

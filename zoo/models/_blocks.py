@@ -44,6 +44,8 @@ class ShortConv(nn.Module):
         padded = F.pad(x, (0, 0, taps, 0)) if past is None else torch.cat([past, x], 1)
         if cache is not None:
             cache.set_state("short_conv", padded[:, -taps:])
+        if not x.shape[1]:
+            return x  # an empty chunk; no window of the taps lies in it
         return x + self.conv(padded.transpose(1, 2)).transpose(1, 2)
 
 

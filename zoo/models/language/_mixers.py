@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,26 +60,27 @@ def make_mixers(
     Args:
         specs: Specification of each layer.
         facts: Options of all mixers.
-        only: Those of attention in sockets.
+        only: Options that a whole module may lack; a value other than None, 0 and False is then
+            refused.
         max_len: Longest sequence.
 
     Raises:
-        ZooError: A whole module is given an option of attention in sockets.
+        ZooError: A whole module is given an option that it lacks.
     """
     mixers = []
     for i, spec in enumerate(specs):
-        options = dict(facts)
         entry = info(parse(spec)[0].name)
-        given = {k: value for k, value in only.items() if value and k != "dropout"}
-        if entry.kind != "mixer":
-            options.update(only, max_len=max_len, depth=i, layers=len(specs))
-        elif given:
-            key, value = given.popitem()
-            raise ZooError(
-                f"{key}={value!r} is for attention in sockets; {entry.name!r} is a whole "
-                "module and has no such option"
-            )
-        mixers.append(create(spec, **options))
+        told = {**only, "max_len": max_len, "depth": i, "layers": len(specs)}
+        if entry.kind == "mixer":
+            wanted = inspect.signature(entry.cls).parameters
+            for key, value in only.items():
+                if value and key not in wanted:
+                    raise ZooError(
+                        f"{key}={value!r}: {entry.name!r} is a whole module and has no such "
+                        "option; leave it out, or use a mechanism in sockets"
+                    )
+            told = {key: value for key, value in told.items() if key in wanted}
+        mixers.append(create(spec, **{**facts, **told}))
     return mixers
 
 

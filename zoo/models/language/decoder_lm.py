@@ -28,7 +28,7 @@ from zoo.models._blocks import Block, ShortConv, SwiGLU
 from zoo.models.language import generation
 from zoo.models.language._insertion import Insertion, inserting
 from zoo.models.language._mixers import agreed, embedding_position, make_mixers, split_positions
-from zoo.parts import Part, tie_layers
+from zoo.parts import tie_layers
 
 
 @model("decoder_lm", causal=True)
@@ -135,8 +135,8 @@ class DecoderLM(nn.Module):
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():
-            if isinstance(module, Part) and module.special_init:
-                module.reset_parameters()
+            if getattr(module, "special_init", False):
+                module.reset_parameters()  # type: ignore[operator]
 
     def weight_std(self, name: str, module: nn.Linear | nn.Embedding) -> float:
         """Return the standard deviation that the weights of a layer start with.
