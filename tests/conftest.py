@@ -28,6 +28,17 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
 
+
+def _no_device(seed: int) -> None:
+    """Seed no device, since there is none."""
+
+
+# For each kind of device that is not there, torch.manual_seed writes down the whole stack of its
+# caller, in case the device comes later: more time than most small tests take.
+for _kind in (torch.cuda, torch.xpu, torch.mtia):
+    if not _kind.is_available():
+        _kind.manual_seed_all = _no_device
+
 # The asserts of the shared helpers should explain themselves like those of the tests.
 pytest.register_assert_rewrite("zoo.testing")
 pytest_plugins = ["processor_time", "record_fixtures"]
