@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from zoo.errors import ZooError
+
+Value = TypeVar("Value")
+
+
+def checked(value: object, kind: type[Value], where: str) -> Value:
+    """Return what a cell of a table holds, if it is of the kind that is needed.
+
+    Args:
+        value: The cell.
+        kind: Type that it must have.
+        where: What the error calls it: row, file and column.
+
+    Raises:
+        ZooError: It is null or of another type.
+    """
+    if not isinstance(value, kind) or isinstance(value, bool):
+        found = "null" if value is None else repr(value)[:40]
+        raise ZooError(f"{where} holds {found}; needed: {kind.__name__}")
+    return value
 
 
 def parquet_batches(
@@ -20,18 +39,33 @@ def parquet_batches(
         rows: Most rows in one piece.
 
     Raises:
-        ZooError: No parquet file, or a column is missing.
+        ZooError: No parquet file, a broken one, or a column is missing.
     """
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, ArrowInvalid, parquet
 
     try:
         reader = parquet.ParquetFile(file)
     except (OSError, ArrowInvalid) as error:
-        raise ZooError(f"root: {file.name!r} is not a parquet file ({error})") from error
+        raise ZooError(f"root: {file.name!r} is not a parquet file ({_line(error)})") from error
     with reader:
         names = reader.schema_arrow.names
         for column in columns:
             if column not in names:
                 raise ZooError(f"root: {file.name!r} has the columns {names}; needed: {columns}")
-        for batch in reader.iter_batches(rows, columns=columns):
-            yield batch.to_pydict()
+        batches, done = reader.iter_batches(rows, columns=columns), 0
+        while True:
+            try:
+                batch = next(batches, None)
+                found = None if batch is None else batch.to_pydict()
+            except (OSError, ValueError, ArrowException) as error:
+                raise ZooError(
+                    f"root: {file.name!r} is broken after its first {done} rows: {_line(error)}"
+                ) from error
+            if found is None:
+                return
+            yield found
+            done += len(batch)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

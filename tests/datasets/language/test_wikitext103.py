@@ -88,3 +88,24 @@ def test_a_parquet_file_with_other_columns_is_refused(tmp_path: Path):
     data = datasets.create("wikitext103", root=str(tmp_path))
     with pytest.raises(ZooError, match=r"has the columns \['line'\]; needed: \['text'\]"):
         data.setup()
+
+
+def with_a_null() -> hf.DatasetDict:
+    rows = {split: [*texts, None, "more"] for split, texts in ROWS.items()}
+    return hf.DatasetDict({s: hf.Dataset.from_dict({"text": texts}) for s, texts in rows.items()})
+
+
+def test_a_null_row_of_the_hub_is_named(monkeypatch):
+    monkeypatch.setattr(hub, "load", lambda *_, **__: with_a_null())
+    wanted = r"^row 160, counted from 0, of split 'train' of Salesforce/wikitext, column 'text', "
+    with pytest.raises(ZooError, match=wanted + r"holds null; needed: str$"):
+        datasets.create("wikitext103", seq_len=16).setup()
+
+
+def test_a_null_row_of_a_file_is_named(tmp_path: Path):
+    for split, rows in with_a_null().items():
+        # Rows come in pieces that end with the groups of the file.
+        rows.to_parquet(tmp_path / f"{split}.parquet", batch_size=7)
+    data = datasets.create("wikitext103", root=str(tmp_path), seq_len=16)
+    with pytest.raises(ZooError, match=r"^row 160, counted from 0, of 'train.parquet', column"):
+        data.setup()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from zoo.datasets import hub
 from zoo.datasets.language.text import ByteText, join, limits
-from zoo.datasets.parquet import parquet_batches
+from zoo.datasets.parquet import checked, parquet_batches
 from zoo.datasets.registry import dataset
 from zoo.errors import ZooError
 
@@ -99,22 +99,29 @@ class WikiText103(ByteText):
             local="root=FOLDER with its parquet or raw text files, or 'text_files'",
         )
         hub_names = {"train": "train", "val": "validation", "test": "test"}
-        return {s: join(_rows(loaded[name]), most[s]) for s, name in hub_names.items()}
+        return {s: join(_rows(loaded[name], name), most[s]) for s, name in hub_names.items()}
 
 
-def _lines(texts: Iterable[str]) -> bytes:
-    return b"".join(text.rstrip("\n").encode() + b"\n" for text in texts)
+def _lines(batches: Iterable[Iterable[object]], table: str) -> Iterator[bytes]:
+    first = 0
+    for batch in batches:
+        lines = [
+            checked(text, str, f"row {row}, counted from 0, of {table}, column 'text',")
+            for row, text in enumerate(batch, first)
+        ]
+        first += len(lines)
+        yield b"".join(line.rstrip("\n").encode() + b"\n" for line in lines)
 
 
-def _rows(split: datasets.Dataset) -> Iterator[bytes]:
-    for batch in split.iter(batch_size=4096):
-        yield _lines(batch["text"])
+def _rows(split: datasets.Dataset, name: str) -> Iterator[bytes]:
+    batches = (batch["text"] for batch in split.iter(batch_size=4096))
+    yield from _lines(batches, f"split {name!r} of {REPOSITORY}")
 
 
 def _contents(files: list[Path]) -> Iterator[bytes]:
     for file in files:
         if file.suffix == ".parquet":
-            for columns in parquet_batches(file, ["text"]):
-                yield _lines(columns["text"])
+            columns = parquet_batches(file, ["text"])
+            yield from _lines((batch["text"] for batch in columns), repr(file.name))
         else:
             yield file.read_bytes()

@@ -26,17 +26,20 @@ def read_binary(files: list[Path]) -> Split:
         files: Files in order.
 
     Raises:
-        ZooError: A file has a fraction of an image.
+        ZooError: A file cannot be read, is empty, or has a fraction of an image.
     """
     records = []
     for file in files:
-        content = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
-        if len(content) % (1 + _PIXELS):
+        try:
+            content = bytearray(file.read_bytes())
+        except OSError as error:
+            raise ZooError(f"root: {file.name!r} cannot be read: {error.strerror}") from error
+        if not content or len(content) % (1 + _PIXELS):
             raise ZooError(
                 f"root: {file.name!r} has {len(content)} bytes; needed: a multiple of "
                 f"{1 + _PIXELS}, the label and pixels of an image"
             )
-        records.append(content.reshape(-1, 1 + _PIXELS))
+        records.append(torch.frombuffer(content, dtype=torch.uint8).reshape(-1, 1 + _PIXELS))
     table = torch.cat(records)
     return table[:, 1:].reshape(-1, 3, 32, 32).contiguous(), table[:, 0].long()
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,11 +14,9 @@ from zoo import checks
 from zoo.datasets.base import DataModule, content_hash
 from zoo.datasets.batches import Source
 from zoo.datasets.order import Epochs, Order, generator
-from zoo.datasets.parquet import parquet_batches
+from zoo.datasets.parquet import checked, parquet_batches
+from zoo.datasets.picture_reader import as_bytes, cell, read_pixels
 from zoo.errors import ZooError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Split = tuple[Tensor, Tensor]
 """Images (N, C, H, W) and labels (N,)."""
@@ -30,17 +27,29 @@ def permutation(size: int, *key: object) -> Tensor:
     return torch.randperm(size, generator=generator("split", *key))
 
 
-def image_tensor(images: Iterable[Image], mode: str) -> Tensor:
-    """Stack pictures as bytes (N, C, H, W).
+def gathered(rows: Iterable[tuple[str, object, object]], image: str, mode: str) -> Split:
+    """Read the pictures and labels of a table; pixels are bytes.
 
     Args:
-        images: Pictures of one size.
+        rows: What errors call a row, its picture and its label.
+        image: Name of the column with the pictures; the labels are in ``label``.
         mode: "L" for grey, "RGB" for colour.
-    """
-    import numpy as np
 
-    pixels = torch.from_numpy(np.stack([np.array(image.convert(mode)) for image in images]))
-    return pixels[:, None] if mode == "L" else pixels.permute(0, 3, 1, 2).contiguous()
+    Raises:
+        ZooError: There is no row, or one that holds no picture, no label or another size.
+    """
+    pixels: list[Tensor] = []
+    labels: list[int] = []
+    for where, picture, label in rows:
+        place = f"{where}, column {image!r},"
+        pixels.append(as_bytes(read_pixels(cell(picture, place), mode, place)))
+        labels.append(checked(label, int, f"{where}, column 'label',"))
+        if pixels[-1].shape != pixels[0].shape:
+            sizes = ["x".join(map(str, each.shape[1:])) for each in (pixels[-1], pixels[0])]
+            raise ZooError(f"{place} has {sizes[0]} pixels; the first row has {sizes[1]}")
+    if not pixels:
+        raise ZooError(f"a table with the columns {image!r} and 'label' has no rows")
+    return torch.stack(pixels), torch.tensor(labels, dtype=torch.int64)
 
 
 def hub_split(rows: Any, image: str, mode: str) -> Split:
@@ -50,9 +59,20 @@ def hub_split(rows: Any, image: str, mode: str) -> Split:
         rows: The split.
         image: Name of the column with the pictures; the labels are in ``label``.
         mode: "L" for grey, "RGB" for colour.
+
+    Raises:
+        ZooError: There is no row, or one that holds no picture, no label or another size.
     """
-    pictures = image_tensor((row[image] for row in rows), mode)
-    return pictures, torch.tensor(list(rows["label"]), dtype=torch.int64)
+    import datasets
+
+    # Files as they are, so that all data sets read pictures alike and errors know the row.
+    files = rows.cast_column(image, datasets.Image(decode=False))
+    split = f"split {str(rows.split)!r}" if rows.split else "a split"
+    named = (
+        (f"row {n}, counted from 0, of {split} of the hub's data set", row[image], row["label"])
+        for n, row in enumerate(files)
+    )
+    return gathered(named, image, mode)
 
 
 def parquet_split(folder: Path, split: str, image: str, mode: str) -> Split | None:
@@ -66,18 +86,21 @@ def parquet_split(folder: Path, split: str, image: str, mode: str) -> Split | No
 
     Returns:
         The split, or None if there is no such file.
-    """
-    from PIL import Image
 
+    Raises:
+        ZooError: There is no row, or one that holds no picture, no label or another size.
+    """
     files = sorted(folder.rglob(f"{split}*.parquet"))
-    pixels: list[Tensor] = []
-    labels: list[int] = []
-    for file in files:
-        for columns in parquet_batches(file, [image, "label"]):
-            pictures = [Image.open(io.BytesIO(entry["bytes"])) for entry in columns[image]]
-            pixels.append(image_tensor(pictures, mode))
-            labels += columns["label"]
-    return (torch.cat(pixels), torch.tensor(labels)) if files else None
+    named = (
+        (f"row {n}, counted from 0, of {file.name!r}", picture, label)
+        for file in files
+        for n, (picture, label) in enumerate(
+            row
+            for columns in parquet_batches(file, [image, "label"])
+            for row in zip(columns[image], columns["label"], strict=True)
+        )
+    )
+    return gathered(named, image, mode) if files else None
 
 
 class Pictures:

@@ -3,9 +3,11 @@
 A file has one name in three folders, directly below the root or in a folder ``train`` or ``test``,
 
     train_A, test_A      images with a shadow
-    train_B, test_B      masks, not 0 in the shadow
+    train_B, test_B      masks, not 0 in the shadow (a palette's index, any colour, or alpha)
     train_C, test_C      the same without a shadow; of ISTD+ train_C_fixed_ours and
                          test_C_fixed_official, which are taken if they are there
+
+`zoo.datasets.picture_reader` says how their numbers are read.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.datasets.order import Epochs, generator
-from zoo.datasets.vision.object_files import natural, opened, pictures
+from zoo.datasets.picture_reader import as_unit, read_mask, read_pixels
+from zoo.datasets.vision.object_files import natural, pictures, twice
 from zoo.datasets.vision.shadow_synthesis import grown
 from zoo.errors import ZooError
 
@@ -27,7 +29,8 @@ TARGETS = ("auto", "original", "corrected")
 Files = tuple[Path, Path, Path]
 """Image, mask and target."""
 Triplet = tuple[Tensor, Tensor, Tensor]
-"""Bytes (3, H, W), mask (1, H, W) bool, bytes (3, H, W)."""
+"""Pixels (3, H, W), mask (1, H, W) bool, pixels (3, H, W); pixels are bytes, or numbers from 0 to 1
+where a file has more than 8 bits."""
 
 
 def find(root: Path, split: str, targets: str) -> tuple[list[Files], dict[str, str]]:
@@ -72,7 +75,11 @@ def _endings(targets: str) -> tuple[str, ...]:
 
 
 def _by_name(folder: Path | None) -> dict[str, Path]:
-    return {} if folder is None else {path.stem: path for path in pictures(folder, "*")}
+    found: dict[str, Path] = {}
+    for path in pictures(folder, "*") if folder else ():
+        if found.setdefault(path.stem, path) != path:
+            raise twice(found[path.stem], path)
+    return found
 
 
 def read(files: Files) -> Triplet:
@@ -82,19 +89,15 @@ def read(files: Files) -> Triplet:
         Unreadable: One of them cannot be read.
         ZooError: They differ in size.
     """
-    arrays = []
-    for path, mode in zip(files, ("RGB", "L", "RGB"), strict=True):
-        with opened(path) as picture:
-            arrays.append(np.array(picture.convert(mode)))
-    had = arrays[0].shape[:2]
-    for what, path, array in zip(("mask", "target"), files[1:], arrays[1:], strict=True):
-        if array.shape[:2] != had:
+    image, mask, target = read_pixels(files[0]), read_mask(files[1]), read_pixels(files[2])
+    had = image.shape[1:]
+    for what, path, other in (("mask", files[1], mask), ("target", files[2], target)):
+        if other.shape[1:] != had:
             raise ZooError(
-                f"{what} {str(path)!r} has {array.shape[0]}x{array.shape[1]} pixels, but image "
+                f"{what} {str(path)!r} has {other.shape[1]}x{other.shape[2]} pixels, but image "
                 f"{str(files[0])!r} has {had[0]}x{had[1]}; they must be of one size"
             )
-    pixels, mask, target = (torch.from_numpy(array) for array in arrays)
-    return pixels.permute(2, 0, 1), mask[None] > 0, target.permute(2, 0, 1)
+    return image, mask, target
 
 
 class Whole:
@@ -169,5 +172,6 @@ def _filled(x: Tensor, size: tuple[int, ...]) -> Tensor:
 
 def batch(triplets: Sequence[Triplet]) -> dict[str, Tensor]:
     """Stack triplets of one size; pixels from 0 to 1."""
-    image, mask, target = (torch.stack(column) for column in zip(*triplets, strict=True))
-    return {"image": image.float() / 255, "mask": mask, "target": target.float() / 255}
+    images, masks, targets = zip(*triplets, strict=True)
+    image, target = (torch.stack([as_unit(x) for x in column]) for column in (images, targets))
+    return {"image": image, "mask": torch.stack(masks), "target": target}

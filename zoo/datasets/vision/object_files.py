@@ -11,27 +11,29 @@ Two layouts are known.
 In a picture of labels 0 is background and v is object v - 1, if no label exceeds the number of
 objects allowed; otherwise, and in pictures in colour (black is background), objects are the labels
 that occur, in order. In pictures per object all that is not 0 is the object, and a later one hides
-an earlier one.
+an earlier one. `zoo.datasets.picture_reader` says how numbers, colours and alpha are read.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from zoo.datasets.picture_reader import (
+    SUFFIXES,
+    Unreadable,
+    as_bytes,
+    read_labels,
+    read_pixels,
+    scaled,
+)
 from zoo.errors import ZooError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def natural(path: Path) -> tuple[Any, ...]:
@@ -111,7 +113,8 @@ def _masks(root: Path) -> Callable[[Path], tuple[tuple[Path, ...], bool]]:
     layers: dict[Path, list[Path]] = {}
     for path in pictures(root, "**/*"):
         place = path.relative_to(root).with_suffix("")
-        alone[place] = path
+        if alone.setdefault(place, path) != path:
+            raise twice(alone[place], path)
         beside = re.fullmatch(r"(.+)_\d+", place.name)
         for image in [place.parent, *([place.with_name(beside[1])] if beside else [])]:
             layers.setdefault(image, []).append(path)
@@ -142,31 +145,11 @@ def _descriptions(root: Path) -> dict[str, list[dict[str, Any]]] | None:
     return found if files else None
 
 
-class Unreadable(Exception):
-    """A file that is missing, broken or no picture.
-
-    Args:
-        path: The file.
-        reason: What is wrong with it.
-    """
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Image]:
-    """Open a picture; all that may be wrong with the file becomes `Unreadable`."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            yield image
-    # What Pillow raises for broken files beside OSError.
-    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
-        raise Unreadable(path, f"{type(error).__name__}: {error}") from error
+def twice(first: Path, second: Path) -> ZooError:
+    """Build the error for two pictures of one name."""
+    return ZooError(
+        f"{str(first)!r} and {str(second)!r} have one name; allowed: one picture of a name"
+    )
 
 
 def read_image(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
@@ -182,29 +165,11 @@ def read_image(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int
     Raises:
         Unreadable: It cannot be read.
     """
-    from PIL.Image import Resampling
-
-    with opened(path) as image:
-        picture = image.convert("RGB")
-    had = picture.height, picture.width
+    pixels = as_bytes(read_pixels(path))
+    had = pixels.shape[1], pixels.shape[2]
     if had != size:
-        picture = picture.resize(size[::-1], Resampling.BILINEAR)
-    return np.asarray(picture), had
-
-
-def read_label(path: Path) -> np.ndarray:
-    """Read a picture of labels as whole numbers (H, W); colours become one number each.
-
-    Raises:
-        Unreadable: It cannot be read.
-    """
-    with opened(path) as image:
-        if image.mode in ("RGB", "RGBA"):
-            red, green, blue = np.moveaxis(np.asarray(image.convert("RGB")), 2, 0).astype(np.int64)
-            return (red << 16) + (green << 8) + blue
-        if image.mode in ("LA", "1"):
-            return np.asarray(image.convert("L")).astype(np.int64)
-        return np.asarray(image).astype(np.int64)
+        pixels = scaled(pixels, size)
+    return pixels.permute(1, 2, 0).numpy(), had
 
 
 def read_masks(
@@ -231,7 +196,7 @@ def read_masks(
             raise Unreadable(image, "it has no mask")
         layers = []
         for path in files:
-            layer = read_label(path)
+            layer = read_labels(path).numpy()
             if layer.shape != had:
                 raise ZooError(
                     f"mask {str(path)!r} has {layer.shape[0]}x{layer.shape[1]} pixels, but image "
