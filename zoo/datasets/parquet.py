@@ -61,7 +61,7 @@ def parquet_batches(
                 raise ZooError(
                     f"root: {file.name!r} is broken after its first {done} rows: {_line(error)}"
                 ) from error
-            if found is None:
+            if batch is None or found is None:
                 return
             yield found
             done += len(batch)
