@@ -6,9 +6,13 @@ that they cost nothing under torch.compile.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from zoo.cache import LayerCache
 from zoo.errors import ZooError
 
 HIDDEN = -1e4
@@ -47,6 +51,22 @@ def tensors(**values: object) -> None:
             tensor(name, value)
 
 
+def layer_cache(value: object) -> None:
+    """Require the cache of one layer.
+
+    Args:
+        value: The argument `cache`.
+
+    Raises:
+        ZooError: It is something else, such as the cache of a whole model.
+    """
+    if not isinstance(value, LayerCache):
+        raise ZooError(
+            f"cache is of type {type(value).__name__}; allowed: the LayerCache of this layer, "
+            "such as cache[0] of a Cache"
+        )
+
+
 def like_weights(module: nn.Module, name: str, x: Tensor) -> None:
     """Require an input of the type and on the device of a module's weights.
 
@@ -76,6 +96,31 @@ def like_weights(module: nn.Module, name: str, x: Tensor) -> None:
             f"{name} has dtype {x.dtype}, but the weights of {type(module).__name__} have "
             f"{weight.dtype}; convert one of them with .to(...), or use torch.autocast"
         )
+
+
+def guard(cls: type[nn.Module], shape: str) -> None:
+    """Put the checks of x in front of the `forward` of a module class, its own or inherited.
+
+    Args:
+        cls: A class of modules whose `forward` takes x first.
+        shape: Names of the axes of x, such as "batch, channels, height, width".
+    """
+    inner = cls.forward
+    if getattr(inner, "guarded", False):
+        return  # by its base
+    rank = len(shape.split(","))
+
+    @functools.wraps(inner)
+    def forward(self: nn.Module, x: Tensor, *args: Any, **options: Any) -> Any:
+        tensor("x", x)
+        if x.ndim != rank:
+            raise ZooError(f"x of shape {tuple(x.shape)} must be ({shape})")
+        like_weights(self, "x", x)
+        tensors(**{name: value for name, value in options.items() if name in ("mask", "slots")})
+        return inner(self, x, *args, **options)
+
+    forward.guarded = True  # type: ignore[attr-defined]
+    cls.forward = forward
 
 
 def _autocast(device: str) -> bool:

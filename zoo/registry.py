@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields
 from importlib import metadata
 from typing import Any, TypeVar
 
+from zoo import inputs
 from zoo.errors import ZooError, unknown
 from zoo.taxonomy import AXES, FAMILY_OF_KIND, Taxonomy
 from zoo.taxonomy import KINDS as KINDS
@@ -44,6 +45,7 @@ _FACTS_OF_KIND = {
     "feature": frozenset(("channels", "device", "dtype")),
     "slots": frozenset(("dim_in", "dim", "slots", "device", "dtype")),
 }
+AXES_OF_KIND = {"feature": "batch, channels, height, width", "slots": "batch, inputs, dim_in"}
 # A map has no tokens to hide or decode; slots see all inputs that their mask leaves.
 TRAITS_OF_KIND = {
     "feature": ("compile", "gradient", "cost"),
@@ -281,6 +283,8 @@ def register(
         for parameter in inspect.signature(cls).parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 raise ZooError(f"{name!r}: a constructor with **{parameter.name} hides options")
+        if kind in AXES_OF_KIND:
+            inputs.guard(cls, AXES_OF_KIND[kind])  # hosts and mixers have a door of their own
         _entries[name] = entry
         _aliases.update(dict.fromkeys(aliases, name))
         return cls

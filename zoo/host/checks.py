@@ -61,7 +61,8 @@ def check_input(
     Returns:
         The mask with all that the bias hides, and the bias without it (`inputs.split_bias`).
     """
-    inputs.tensors(x=x, context=context, mask=mask, bias=bias)
+    inputs.tensor("x", x)
+    inputs.tensors(context=context, mask=mask, bias=bias)
     for name, item in (("x", x), ("context", context)):
         if item is None:
             continue
@@ -136,11 +137,7 @@ def _check_hidden(host: Host, mask: Tensor) -> None:
 
 def check_cache(host: Host, cache: LayerCache) -> None:
     """Refuse a cache that is not of one layer, or for parts that cannot decode."""
-    if not isinstance(cache, LayerCache):
-        raise ZooError(
-            f"cache is of type {type(cache).__name__}; allowed: the LayerCache of this layer, "
-            "such as cache[0] of a Cache"
-        )
+    inputs.layer_cache(cache)
     if not host.traits.decode:
         raise ZooError(f"{host.spec!r} cannot decode step by step; it takes no cache")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from zoo import inputs
 from zoo.errors import ZooError, unknown
 from zoo.host.attention import Attention
 from zoo.host.spec import PartSpec, parse
@@ -69,4 +70,5 @@ def _module(part: PartSpec, args: tuple[Any, ...], options: dict[str, Any]) -> n
         signature.bind(*args, **merged)
     except TypeError as error:
         raise ZooError(f"create({part.name!r}): {error}") from None
+    inputs.placed(merged.get("device"), merged.get("dtype"))
     return part.entry.cls(*args, **merged)

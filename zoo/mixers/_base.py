@@ -151,7 +151,10 @@ class Mixer(nn.Module):
         Raises:
             ZooError: `x` or `mask` has the wrong shape or type.
         """
-        inputs.tensors(x=x, mask=mask, positions=positions)
+        inputs.tensor("x", x)
+        inputs.tensors(mask=mask, positions=positions)
+        if cache is not None:
+            inputs.layer_cache(cache)
         seen = check_input(self.name, self.dim, x, mask, cache)
         inputs.like_weights(self, "x", x)
         if not x.shape[1]:

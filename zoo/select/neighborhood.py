@@ -306,6 +306,12 @@ class Neighborhood(Select):
             starts = call.cu_seqlens.long()
             sizes = starts.diff()[call.documents]
             index = torch.arange(call.q.shape[2], device=call.q.device) - starts[call.documents]
+            if call.mask is not None and self.ends:
+                # Each sequence ends behind its last token that anyone may see.
+                seen = call.mask.any(2).any(1)[0].expand(len(index)) * (index + 1)
+                ends = sizes.new_zeros(len(starts) - 1)
+                ends = ends.scatter_reduce(0, call.documents, seen, "amax")[call.documents]
+                sizes = torch.where(index < ends, ends, sizes)  # padding sees as it can
             return {"index": index, "sizes": sizes}
         self.shape(call.q.shape[2])  # raises where the tokens do not fit
         if call.mask is None or not (sequence and self.ends):

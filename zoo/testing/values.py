@@ -134,6 +134,16 @@ def check_packed(build: Build) -> None:
             assert_close(module(x, cu_seqlens=bounds), alone, "packed sequences")
             with tiny_strips():
                 assert_close(module(x, cu_seqlens=bounds), alone, "packed, in strips")
+            if build.traits.mask != "none":
+                seen = torch.ones(1, 1, 1, 13, dtype=torch.bool)
+                seen[..., [4, 11, 12]] = False  # the ends of two sequences
+                alone = torch.cat(
+                    [module(x[:, a:b], mask=seen[..., a:b]) for a, b in pairwise(ends) if a < b],
+                    1,
+                )
+                shown = seen[0, 0, 0]
+                packed = module(x, cu_seqlens=bounds, mask=seen)
+                assert_close(packed[:, shown], alone[:, shown], "packed, with hidden ends")
         found = settle(module, x, cu_seqlens=bounds)["x"]
         x = x.detach().requires_grad_()
         y = torch.cat([module(x[:, a:b]) for a, b in pairwise(ends) if a < b], 1)
