@@ -79,8 +79,8 @@ def test_an_installed_wheel_finds_them_too(installed, tmp_path):
 def test_an_installed_wheel_makes_the_html_page(installed, tmp_path):
     code = (
         "from pathlib import Path; from zoo.runs import html;"
-        "text = html.render([], draw=None); print(html.__file__);"
-        "names = {'page.css', 'page.js', 'page.html.jinja'};"
+        "text = html.render([], draw=None)['index.html']; print(html.__file__);"
+        "names = {'page.css', 'page.js', 'index.html.jinja', 'mechanism.html.jinja'};"
         "there = {path.name for path in (Path(html.__file__).parent / '_html').iterdir()};"
         "print(names <= there, '<style>' in text)"
     )

@@ -177,17 +177,31 @@ def test_the_html_page_is_written_on_request(
 ) -> None:
     monkeypatch.setattr(html, "render", partial(html.render, draw=None))
     monkeypatch.chdir(tmp_path)
-    result = zoo_cli("leaderboard", "--records", recall_run.records, "--html", "page.html")
+    result = zoo_cli("leaderboard", "--records", recall_run.records, "--html", "site")
     assert result.exit_code == 0
-    assert result.stderr == "wrote page.html from 1 records\n"
-    assert "</html>" in (tmp_path / "page.html").read_text()
+    beside = list((tmp_path / "site" / "mechanisms").glob("*.html"))
+    first = "site/index.html"
+    assert result.stderr == f"wrote {first} and {len(beside)} pages beside it from 1 records\n"
+    assert "</html>" in (tmp_path / "site" / "index.html").read_text()
     assert not (tmp_path / "leaderboard.md").exists()
     zoo_cli("leaderboard", "--records", recall_run.records, "--html", "--output", "b.md")
-    assert (tmp_path / "leaderboard.html").read_bytes() == (tmp_path / "page.html").read_bytes()
+    assert 'href="leaderboard_mechanisms/mha.html"' in (tmp_path / "leaderboard.html").read_text()
+    assert (tmp_path / "leaderboard_mechanisms" / "mha.html").exists()
     assert (tmp_path / "b.md").exists()
     refused = zoo_cli("leaderboard", "page.html", "--records", recall_run.records)
     assert refused.exit_code == 2
     assert "belongs to --html" in refused.stderr
+
+
+@pytest.mark.parametrize("page", ["file", "file/page.html", "page.md"])
+def test_html_pages_in_a_place_that_cannot_be_written(
+    zoo_cli: Call, only_line: Call, recall_run: Any, tmp_path: Path, page: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    result = zoo_cli("leaderboard", "--records", recall_run.records, "--html", tmp_path / page)
+    assert result.exit_code == 2
+    assert "allowed: a folder" in only_line(result)
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
 def test_leaderboard_in_a_place_that_cannot_be_written(

@@ -177,7 +177,11 @@ def sweep(
 
 def leaderboard(
     page: Annotated[
-        Path | None, typer.Argument(help="The HTML page, with --html; default leaderboard.html.")
+        Path | None,
+        typer.Argument(
+            help="Where HTML pages go, with --html: a folder, or a file that ends in .html and has "
+            "the pages of mechanisms in a folder beside it; default leaderboard.html."
+        ),
     ] = None,
     records: Records = Path("data/runs"),
     output: Annotated[Path | None, typer.Option(help="The page; default leaderboard.md.")] = None,
@@ -191,7 +195,10 @@ def leaderboard(
         bool, typer.Option("--print", help="Print the page; it is written only with --output.")
     ] = False,
     html: Annotated[
-        bool, typer.Option("--html", help="Write one self-contained HTML page, PAGE, instead.")
+        bool,
+        typer.Option(
+            "--html", help="Write HTML pages that need no network instead, one for each mechanism."
+        ),
     ] = False,
 ) -> None:
     """Make the leaderboard from the records alone."""
@@ -202,8 +209,10 @@ def leaderboard(
     if html:
         from zoo.leaderboard.page import html as pages
 
-        path, count = pages.write(records, page or Path("leaderboard.html"))
-        notes().print(f"wrote {path} from {count} records", soft_wrap=True)
+        path, others, count = pages.write(records, page or Path("leaderboard.html"))
+        notes().print(
+            f"wrote {path} and {others} pages beside it from {count} records", soft_wrap=True
+        )
     if show:
         typer.echo(board.page(records)[0], nl=False)
     if output is not None or not (show or html):

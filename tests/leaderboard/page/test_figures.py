@@ -3,10 +3,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.transforms import Bbox
 
 from zoo.leaderboard import efficiency
 from zoo.leaderboard.board import assemble
@@ -60,6 +63,30 @@ def test_a_figure_changes_with_its_figures(records):
 def test_without_records_there_are_no_figures(make):
     assert pictures(assemble([])) == {}
     assert pictures(assemble([make()])) == {}
+
+
+def test_places_of_many_tracks_stand_apart_and_can_be_read(make):
+    longest = "neighborhood(kernel=3, ndim=2)"
+    names = ["mha", "no_mixing", longest, *(f"odd_{i}" for i in range(9))]
+    records = [
+        run
+        for track, count in enumerate((12, 3, 7, 2, 10, 4, 12, 2))
+        for place, name in enumerate(names[:count])
+        for run in seeds(
+            *(make, name, [0.1 * place + 0.01 * seed for seed in range(3)]),
+            **{"recipe": f"own_{track}", "track": f"track number {track}", "group": f"g{track}"},
+        )
+    ]
+    figure = pictures(assemble(records))["places.svg"].make()
+    FigureCanvasAgg(figure).draw()
+    boxes = [axis.get_tightbbox() for axis in figure.axes]
+    assert len(boxes) == 8
+    for one, two in combinations(boxes, 2):
+        assert Bbox.intersection(one, two) is None
+    assert {label.get_fontsize() for axis in figure.axes for label in axis.get_yticklabels()} == {9}
+    assert figure.get_figwidth() < 13  # on a page, nothing has to be made smaller
+    heights = {len(a.get_yticks()): a.get_position().height for a in figure.axes}
+    assert heights[12] / heights[2] == pytest.approx(6)
 
 
 def test_figures_by_length(make):

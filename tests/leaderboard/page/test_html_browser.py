@@ -1,16 +1,18 @@
-"""The HTML page in a browser: sorting, filters and links, by address, by click and by key."""
+"""The HTML pages in a browser: sorting, filters and links, by address, by click and by key."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from test_html import Page, drawn
 
 from zoo.leaderboard.page import html
 
+ROOT = Path(__file__).parents[3]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 TABLE = "t-mqar-g0"
 
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def text(make):
+def pages(make):
     figures = {
         "mha": (0.5, 0.5, 0.6),
         "linear": (0.9, 0.8, 0.9),
@@ -36,15 +38,18 @@ def text(make):
 
 
 @pytest.fixture(scope="module")
-def opened(text, tmp_path_factory):
-    """Opens the page at an address, after doing something there, and returns what has become."""
+def opened(pages, tmp_path_factory):
+    """Opens a page at an address, after doing something there, and returns what has become."""
     command = next(filter(None, map(shutil.which, BROWSERS)), None)
     if command is None:
         pytest.skip(f"no browser on the PATH: none of {', '.join(BROWSERS)}")
 
-    def run(address="", doing="", script=None):
+    def run(address="", doing="", script=None, *, name="index.html", site=pages, size=(1400, 900)):
         folder = tmp_path_factory.mktemp("page")
-        content = text
+        for other, text in site.items():
+            (folder / other).parent.mkdir(exist_ok=True)
+            (folder / other).write_text(text, encoding="utf-8")
+        content = site[name]
         if doing:
             # The page refuses every script but its own, so this copy does without that rule.
             content = re.sub(r"<meta http-equiv=[^>]*>", "", content)
@@ -55,10 +60,11 @@ def opened(text, tmp_path_factory):
             )
         if script:
             content = content.replace("</body>", f"<script>{script}</script></body>")
-        path = folder / "page.html"
+        path = folder / name
         path.write_text(content, encoding="utf-8")
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
         options += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000"]
+        options += [f"--window-size={size[0]},{size[1]}"]
         done = subprocess.run(
             [command, *options, "--dump-dom", f"{path.as_uri()}{address}"],
             capture_output=True,
@@ -168,13 +174,14 @@ def test_the_address_filters(opened, address, wanted):
     assert ("hidden" in empty) == bool(summarised(page))
 
 
-def test_a_filter_hides_sections_too(opened):
+def test_a_filter_hides_mechanisms_too(opened):
     page, _ = opened("#kind=position")
-    shown = [one["id"] for one in page.all("article") if "hidden" not in one]
+    lines = [row for row in page.all("tr", inside="t-mechanisms") if "data-kinds" in row]
+    shown = [row["id"] for row in lines if "hidden" not in row]
     assert "m-rope" in shown
     assert "m-mha" not in shown
-    chips = [one["href"] for one in page.all("a") if "data-kinds" in one and "hidden" not in one]
-    assert sorted(chips) == sorted(f"#{name}" for name in shown)
+    count = page.all("output", id="count")[0]["text"]
+    assert count.endswith(f"{len(shown)} of {len(lines)} mechanisms")
 
 
 def test_a_click_on_a_heading_sorts_and_says_so_in_the_address(opened):
@@ -228,17 +235,84 @@ def test_a_trait_is_asked_for_then_refused_then_let_go(opened):
 def test_a_link_keeps_the_view_and_shows_what_the_filter_hides(opened):
     page, console = opened(
         f"#kind=mixer&sort={TABLE}:mean:up",
-        """document.querySelector('td a[href="#m-rope"]').click();""",
+        """const link = document.querySelector('nav a[href="#mechanisms"]');
+        link.setAttribute('href', '#m-rope');
+        link.click();""",
     )
     assert console == []
-    (section,) = page.all("article", id="m-rope")
-    assert "hidden" not in section
-    assert section["class"] == "chosen"
+    (line,) = page.all("tr", id="m-rope")
+    assert "hidden" not in line
+    assert line["class"] == "chosen"
     assert page.all("html")[0]["data-hash"] == f"#kind=mixer&sort={TABLE}:mean:up&at=m-rope"
 
 
 def test_a_plain_anchor_works(opened):
     page, console = opened("#m-rope")
     assert console == []
-    assert page.all("article", id="m-rope")[0]["class"] == "chosen"
+    assert page.all("tr", id="m-rope")[0]["class"] == "chosen"
     assert specs(page) == RANKED
+
+
+# What is at the top of the window, below the bar if that stays there.
+WHERE = """setTimeout(() => {
+    const top = (id) => Math.round(document.getElementById(id).getBoundingClientRect().top);
+    const bar = document.getElementById('controls').getBoundingClientRect();
+    const last = innerHeight + scrollY >= document.documentElement.scrollHeight - 2;
+    document.title = [top('%s'), Math.round(bar.bottom), bar.height, last].join(' ');
+}, 500);"""
+
+
+@pytest.mark.parametrize("anchor", ["track-recall", f"{TABLE}-linear", "summary"])
+@pytest.mark.parametrize("width", [1400, 760, 520])
+def test_the_bar_hides_nothing_that_an_address_points_to(opened, anchor, width):
+    page, console = opened(f"#{anchor}", WHERE % anchor, size=(width, 400))
+    assert console == []
+    top, bottom, _, last = page.all("title")[0]["text"].split()
+    assert last == "false"
+    assert max(0, int(bottom)) <= int(top) < max(0, int(bottom)) + 40
+
+
+def test_the_bar_takes_two_lines_in_a_narrow_window(opened):
+    heights = [
+        float(opened("", WHERE % "summary", size=(w, 400))[0].all("title")[0]["text"].split()[2])
+        for w in (1400, 760)
+    ]
+    assert heights[1] > 1.4 * heights[0]
+
+
+def test_the_page_of_a_mechanism_opens_and_sorts(opened):
+    options = {"name": "mechanisms/mha.html"}
+    page, console = opened("#records", **options)
+    assert console == []
+    order = [row["attention"] for row in page.rows("t-records")]
+    assert sorted(order) == ["mha", "mha+rope"]
+    page, console = opened("#sort=t-records:figure:down", **options)
+    assert console == []
+    assert [row["attention"] for row in page.rows("t-records")] == ["mha+rope", "mha"]
+    page, _ = opened("#sort=t-records:figure:up", **options)
+    assert [row["attention"] for row in page.rows("t-records")] == ["mha", "mha+rope"]
+
+
+def test_a_click_leads_to_a_mechanism_and_back_to_a_row(opened):
+    script = """document.querySelector('%s').click();"""
+    page, console = opened("", script % 'td a[href="mechanisms/rope.html"]')
+    assert console == []
+    assert page.all("title")[0]["text"] == "rope: Attention zoo"
+    page, console = opened("", script % "#records td a", name="mechanisms/rope.html")
+    assert console == []
+    assert page.all("title")[0]["text"] == "Attention zoo: leaderboard"
+    (row,) = page.all("tr", id=f"{TABLE}-mha-rope")
+    assert row["class"] == "chosen"
+
+
+def test_no_published_page_is_endless_or_wider_than_a_window(opened):
+    published, _ = html.pages(ROOT / "data" / "runs")
+    size = """const root = document.documentElement;
+        document.title = [root.scrollHeight, root.scrollWidth - innerWidth].join(' ');"""
+    for width, most in ((1400, 30_000), (500, 42_000)):
+        for name in ("index.html", *(f"mechanisms/{n}.html" for n in ("mha", "landmark", "mesh"))):
+            page, console = opened("", size, name=name, site=published, size=(width, 900))
+            assert console == []
+            height, over = map(int, page.all("title")[0]["text"].split())
+            assert 500 < height < (most if name == "index.html" else 6000), (name, width)
+            assert over <= 0, (name, width)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
+_LONGEST = 100  # characters of a file's name, which file systems bound
+
 
 @dataclass(frozen=True)
 class Column:
@@ -72,18 +74,35 @@ class Grid:
 
 @dataclass
 class Ids:
-    """Gives every thing a name of its own that is safe in an attribute and in an address."""
+    """Gives every thing a name of its own that is safe in an attribute and in an address.
+
+    Args:
+        taken: Names that are given, in small letters.
+    """
 
     taken: set[str] = field(default_factory=set)
 
     def new(self, *texts: str) -> str:
         """Return a name that nothing else has, made of some texts."""
         base = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-") for text in texts)
-        name, count = base, 1
-        while name in self.taken:
+        return self._free(base, "")
+
+    def file(self, text: str, ending: str) -> str:
+        """Return a name for a file that nothing else has, whatever the case of its letters.
+
+        Args:
+            text: What it is made of; it may be anything that a record has.
+            ending: With its dot.
+        """
+        base = re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")[:_LONGEST]
+        return self._free(base or "unnamed", ending)
+
+    def _free(self, base: str, ending: str) -> str:
+        name, count = base + ending, 1
+        while name.lower() in self.taken:
             count += 1
-            name = f"{base}-{count}"
-        self.taken.add(name)
+            name = f"{base}-{count}{ending}"
+        self.taken.add(name.lower())
         return name
 
 
@@ -92,9 +111,9 @@ def coded(text: str) -> Markup:
     return Markup("<code>{}</code>").format(text)
 
 
-def linked(id: str, text: str | Markup) -> Markup:
-    """Return a link within the page."""
-    return Markup('<a href="#{}">{}</a>').format(id, text)
+def linked(address: str, text: str | Markup) -> Markup:
+    """Return a link to a place in this page, or to another page."""
+    return Markup('<a href="{}">{}</a>').format(address, text)
 
 
 def lines(texts: Sequence[str | Markup]) -> Markup:

@@ -1,10 +1,11 @@
-"""What the page says of each mechanism, from the registry and the file it is written in."""
+"""What the pages say of each mechanism, from the registry and the file it is written in."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -13,9 +14,11 @@ from markupsafe import Markup
 from zoo import registry
 from zoo.errors import ZooError
 from zoo.host.spec import split
-from zoo.leaderboard.page._html_pictures import Picture
+from zoo.leaderboard.page._html_patterns import Pattern
 from zoo.leaderboard.page._html_text import arguments, docstring, inline
 from zoo.registry import Entry, Traits
+
+Draw = Callable[[Entry], Pattern | None]
 
 GONE = "unregistered"
 """Kind of a mechanism that records name and nobody registers any more."""
@@ -36,27 +39,27 @@ class Option:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A mechanism as the page shows it.
+    """A mechanism as the pages show it.
 
     Args:
         name: Its registered name, or the one that a record has.
-        id: Of its section.
+        id: Of its line among the mechanisms.
+        address: Of its page, as seen from the leaderboard.
         entry: What the registry knows; None for one that is not registered.
         lead: Its file's docstring up to the first formula.
         rest: What follows there.
         options: Its options.
-        picture: Its picture.
-        same_as: Name of the mechanism whose picture is the same.
+        pattern: Which pairs of query and key meet.
     """
 
     name: str
     id: str
+    address: str
     entry: Entry | None
     lead: Markup = _NOTHING
     rest: Markup = _NOTHING
     options: tuple[Option, ...] = ()
-    picture: Picture | None = None
-    same_as: str | None = None
+    pattern: Pattern | None = None
 
     @property
     def kind(self) -> str:
@@ -143,17 +146,18 @@ def ordered(names: Iterable[str]) -> list[str]:
     return [*known, *sorted(set(names) - set(known))]
 
 
-def describe(name: str, id: str, pictures: Mapping[str, Picture | str | None]) -> Mechanism:
-    """Gather what the page says of a mechanism.
+def describe(name: str, id: str, address: str, draw: Draw | None) -> Mechanism:
+    """Gather what the pages say of a mechanism.
 
     Args:
         name: Its name.
-        id: Of its section.
-        pictures: Picture by name, or the name of a mechanism with the same picture.
+        id: Of its line among the mechanisms.
+        address: Of its page, as seen from the leaderboard.
+        draw: Says which pairs meet; None leaves that out.
     """
     entry = find(name)
     if entry is None:
-        return Mechanism(name, id, None)
+        return Mechanism(name, id, address, None)
     module = inspect.getmodule(entry.cls)
     lead, rest = docstring((module and module.__doc__) or entry.cls.__doc__ or "")
     about = arguments(entry.cls.__doc__ or "")
@@ -161,10 +165,11 @@ def describe(name: str, id: str, pictures: Mapping[str, Picture | str | None]) -
         Option(key, _default(item), inline(about.get(key, "")))
         for key, item in entry.options.items()
     )
-    drawn = pictures.get(name)
-    if isinstance(drawn, str):
-        return Mechanism(name, id, entry, lead, rest, options, None, drawn)
-    return Mechanism(name, id, entry, lead, rest, options, drawn)
+    drawn = None
+    if draw is not None:
+        with contextlib.suppress(ZooError):  # it cannot be built at the size of the patterns
+            drawn = draw(entry)
+    return Mechanism(name, id, address, entry, lead, rest, options, drawn)
 
 
 def _default(item: inspect.Parameter) -> str:

@@ -1,17 +1,18 @@
-"""Small pictures of mechanisms as data addresses: what `zoo show` draws of an untrained one."""
+"""Pictures inside the page: figures as data addresses, and patterns of pairs as SVG elements."""
 
 from __future__ import annotations
 
 import base64
-import io
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
-from zoo.host.spec import canonical
-from zoo.registry import SOCKETS, Entry
+from markupsafe import Markup
 
-LENGTH = 36
-"""Tokens of a map; a square, since some mechanisms see them on a grid."""
-_HEADS, _DPI = 2, 80
+from zoo.leaderboard.page._html_patterns import Panel
+
+STEPS = 10
+"""Shades that are told apart; the colours themselves are those of the page, bright or dark."""
 
 
 @dataclass(frozen=True)
@@ -27,52 +28,6 @@ class Picture:
     address: str
 
 
-def shown(entry: Entry) -> str | None:
-    """Return the specification under which a mechanism is drawn; None if it forms no weights.
-
-    Args:
-        entry: The mechanism.
-    """
-    if entry.kind in ("feature", "slots"):
-        return canonical(entry.name)
-    if entry.kind in SOCKETS and entry.traits.weights:
-        return canonical(entry.contender_in(_form(entry)))
-    return None
-
-
-def picture(entry: Entry) -> Picture:
-    """Draw a mechanism, the same bytes every time.
-
-    Args:
-        entry: A mechanism for which `shown` has a specification.
-
-    Raises:
-        ZooError: It cannot be built at this size.
-    """
-    import matplotlib
-
-    spec = shown(entry)
-    assert spec is not None
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the settings of a user's matplotlib are not in the records
-        if entry.kind in SOCKETS:
-            from zoo.pictures.show import draw, host_maps
-
-            causal = _form(entry) == "causal"
-            maps = host_maps(spec, heads=_HEADS, length=LENGTH, causal=causal)
-            figure = draw(maps, title=spec)
-            what = "random input, causal" if causal else "random input"
-            caption = f"Attention maps of {spec}, untrained, on {what}."
-        else:
-            from zoo.pictures.figures import module_figure
-
-            figure = module_figure(spec)
-            caption = f"What {spec}, untrained, makes of random features of a photograph."
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
-    return Picture(caption, _address("png", file.getvalue()))
-
-
 def figure(caption: str, svg: str) -> Picture:
     """Return a figure of the leaderboard as a picture inside the page.
 
@@ -80,12 +35,46 @@ def figure(caption: str, svg: str) -> Picture:
         caption: What it shows.
         svg: The figure.
     """
-    return Picture(caption, _address("svg+xml", svg.encode()))
+    content = base64.b64encode(svg.encode()).decode("ascii")
+    return Picture(caption, f"data:image/svg+xml;base64,{content}")
 
 
-def _address(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+def square(panel: Panel) -> Markup:
+    """Return a panel as an SVG element, queries downwards and keys to the right.
+
+    Args:
+        panel: What is drawn; a pair is one unit wide.
+    """
+    size = len(panel.shades)
+    label = f"{panel.title}: queries downwards, keys to the right, {size} of each"
+    texts: list[tuple[object, float, float]] = [("key", size / 2, size + 2.6)]
+    for place in (1, size):
+        texts += [(place, place - 0.5, size + 2.6), (place, -1.6, place + 0.3)]
+    return Markup("").join(
+        [
+            Markup('<svg viewBox="-4 -1 {} {}" role="img" aria-label="{}">').format(
+                size + 5, size + 5, label
+            ),
+            *_paths(panel.shades),
+            Markup('<path class="frame" d="M0 0h{0}v{0}h-{0}z"/>').format(size),
+            *(Markup('<text x="{}" y="{}">{}</text>').format(x, y, text) for text, x, y in texts),
+            Markup('<text transform="rotate(-90)" x="{}" y="-1.4">query</text>').format(-size / 2),
+            Markup("</svg>"),
+        ]
+    )
 
 
-def _form(entry: Entry) -> str:
-    return "bidirectional" if entry.traits.bidirectional else "causal"
+def _paths(shades: Sequence[Sequence[float]]) -> list[Markup]:
+    """One path for each shade, of runs of pairs in a row."""
+    runs: dict[int, list[str]] = {}
+    for y, row in enumerate(shades):
+        x = 0
+        for step, cells in groupby(round(STEPS * shade) for shade in row):
+            width = len(list(cells))
+            if step:
+                runs.setdefault(step, []).append(f"M{x} {y}h{width}v1h-{width}z")
+            x += width
+    return [
+        Markup('<path fill-opacity="{}" d="{}"/>').format(f"{step / STEPS:g}", "".join(runs[step]))
+        for step in sorted(runs)
+    ]

@@ -24,7 +24,7 @@ _EMPTY = Cell(NONE)
 
 @dataclass(frozen=True)
 class Mention:
-    """A row of a table, as the section of a mechanism in it shows it."""
+    """A row of a table, as the page of a mechanism in it shows it."""
 
     track: str
     recipe: str
@@ -42,16 +42,18 @@ class Tables:
     """Makes tables, and remembers who stands where.
 
     Args:
-        mechanisms: Every mechanism that has a section, by name.
-        ids: Names that are taken.
+        mechanisms: Every mechanism that has a page, by name.
+        ids: Names that are taken on the leaderboard.
+        home: Address of the leaderboard, as seen from a mechanism's page.
         mentions: Rows by mechanism, filled by `standings`.
-        claims: Claims by mechanism, filled by `ledger`: row, name and verdict.
+        claims: Claims by mechanism, filled by `ledger`, each with the name of its row.
     """
 
     mechanisms: Mapping[str, Mechanism]
     ids: Ids
+    home: str
     mentions: dict[str, list[Mention]] = field(default_factory=dict)
-    claims: dict[str, list[tuple[str, str, str]]] = field(default_factory=dict)
+    claims: dict[str, list[tuple[str, Published]]] = field(default_factory=dict)
 
     def places(self, summary: Summary) -> Grid:
         """Return the summary of the tracks of one baseline.
@@ -134,19 +136,37 @@ class Tables:
         return Grid(id, f"{key.recipe}: {key.report}", tuple(columns), tuple(made))
 
     def ledger(self, claims: Sequence[Published]) -> Grid:
-        """Return the table of the claims.
+        """Return the table of the claims; how each was judged stands on its mechanism's page.
 
         Args:
             claims: The claims with their verdicts.
         """
-        titles = ("mechanism", "claim", "verdict", "criterion", "figures", "again")
-        columns = [Column(title, title, number=False) for title in titles]
+        columns = [Column(one, one, number=False) for one in ("mechanism", "claim", "verdict")]
         made = []
         for one in claims:
             verdict, claim = one.verdict, one.verdict.claim
-            outcome = claim_table.STALE if one.stale else verdict.outcome
             row = self.ids.new("c", verdict.name)
-            self.claims.setdefault(claim.mechanism, []).append((row, verdict.name, outcome))
+            self.claims.setdefault(claim.mechanism, []).append((row, one))
+            address = f"{self.mechanisms[claim.mechanism].address}#{row}"
+            said = Markup("{}: {}").format(linked(address, coded(verdict.name)), claim.statement)
+            cells = [self._name(claim.mechanism), Cell(said, verdict.name), _verdict(one)]
+            made.append(self._line(row, claim.mechanism, cells, verdict.name, claim.statement))
+        return Grid(self.ids.new("t-claims"), "Claims", tuple(columns), tuple(made))
+
+    def judged(self, name: str) -> Grid | None:
+        """Return the claims on a mechanism and how they were judged; None without any.
+
+        Args:
+            name: Its name.
+        """
+        found = self.claims.get(name)
+        if not found:
+            return None
+        titles = ("claim", "verdict", "criterion", "figures", "again")
+        columns = [Column(title, title, number=False) for title in titles]
+        made = []
+        for row, one in found:
+            verdict, claim = one.verdict, one.verdict.claim
             criterion = [coded(text) for text in claim.criterion]
             criterion += [Markup("requires {}").format(coded(text)) for text in claim.requires]
             measured = [_measured(v, claim_table.figure_texts(verdict, v)) for v in verdict.ids]
@@ -154,15 +174,14 @@ class Tables:
                 coded(verdict.name), claim.statement, claim.source
             )
             cells = [
-                self._name(claim.mechanism),
                 Cell(said, verdict.name),
-                Cell(lines([_badge(outcome), "" if one.stale else verdict.why]), outcome),
+                _verdict(one),
                 Cell(lines(criterion)),
                 Cell(lines(measured) or NONE),
                 Cell(coded(f"zoo claims {verdict.name}")),
             ]
-            made.append(self._line(row, claim.mechanism, cells, verdict.name, claim.statement))
-        return Grid(self.ids.new("t-claims"), "Claims", tuple(columns), tuple(made))
+            made.append(Line(row, tuple(cells)))
+        return Grid("t-claims", f"Claims on {name}", tuple(columns), tuple(made))
 
     def records(self, name: str) -> Grid | None:
         """Return the rows of a mechanism in all tables; None without any.
@@ -180,16 +199,36 @@ class Tables:
         made = []
         for one in found:
             recipe = Markup("{}{}").format(one.recipe, " (stale)" if one.stale else "")
-            cells = [Cell(one.track), Cell(linked(one.row, recipe)), Cell(coded(one.spec))]
+            cells = [
+                Cell(one.track),
+                Cell(linked(f"{self.home}#{one.row}", recipe)),
+                Cell(coded(one.spec)),
+            ]
             cells += [Cell(one.place, None if one.place == NONE else float(one.place))]
             cells += [one.figure, one.difference, Cell(one.outcome)]
             made.append(Line("", tuple(cells)))
-        id = self.ids.new("t", self.mechanisms[name].id)
-        return Grid(id, f"Records of {name}", tuple(columns), tuple(made))
+        return Grid("t-records", f"Records of {name}", tuple(columns), tuple(made))
+
+    def overview(self) -> Grid:
+        """Return the table of the mechanisms, once all other tables are made."""
+        columns = [Column(title, title, number=False) for title in ("mechanism", "what", "kind")]
+        columns += [Column(title, title, down=True) for title in ("year", "rows", "claims")]
+        made = []
+        for one in self.mechanisms.values():
+            paper = one.entry and one.entry.paper
+            year = Cell(str(paper.year), float(paper.year)) if paper else _EMPTY
+            cells = [
+                Cell(linked(one.address, coded(one.name)), one.name.lower()),
+                *(Cell(one.summary or "Not registered here."), Cell(one.kind), year),
+                _count(len(self.mentions.get(one.name, ()))),
+                _count(len(self.claims.get(one.name, ()))),
+            ]
+            made.append(Line(one.id, tuple(cells), (one.kind,), one.traits, one.words))
+        return Grid("t-mechanisms", "Mechanisms", tuple(columns), tuple(made))
 
     def _name(self, spec: str, role: str = "") -> Cell:
-        """Return the cell of a specification, each part a link to its section."""
-        links = [linked(self.mechanisms[name].id, coded(text)) for text, name in parts(spec)]
+        """Return the cell of a specification, each part a link to its page."""
+        links = [linked(self.mechanisms[name].address, coded(text)) for text, name in parts(spec)]
         shown = Markup("+<wbr>").join(links)
         if role:
             shown = Markup("{} <small>{}</small>").format(shown, role)
@@ -252,6 +291,11 @@ def _badge(outcome: str | None) -> str | Markup:
     short = outcome.partition(":")[0]
     colour = {"win": "good", "reproduced": "good", "loss": "bad", "not reproduced": "bad"}
     return Markup('<span class="badge {}">{}</span>').format(colour.get(short, "even"), outcome)
+
+
+def _verdict(one: Published) -> Cell:
+    outcome = claim_table.STALE if one.stale else one.verdict.outcome
+    return Cell(lines([_badge(outcome), "" if one.stale else one.verdict.why]), outcome)
 
 
 def _measured(variant: str, texts: Sequence[str]) -> Markup:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from zoo.leaderboard.board import Board, Standing, TableBoard, TrackBoard
 from zoo.leaderboard.page._growth import against_length
@@ -37,6 +37,10 @@ KINDS = ("throughput", "lengths", "curves")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GREY = "#b0b0b0"
 _SHOWN = 4  # coloured beside the marks
+# The figure of places: columns of panels, and inches of what they are made of.
+_ABREAST = 3
+_ROW, _TITLE, _AXIS = 0.2, 0.4, 0.45
+_PANEL, _LETTER, _GAP = 1.7, 0.072, 0.15
 _MARKS = ("baseline", "floor", "recurrent")
 _STYLES = {"baseline": "-", "floor": ":", "recurrent": "--", "": "-"}
 _STYLE: Any = {
@@ -305,31 +309,56 @@ def _by_length(track: TrackBoard, table: TableBoard, marks: Sequence[tuple[int, 
 
 
 def _places(board: Board) -> Figure:
+    """One panel for each track, as high as it has rows, each put under the shortest column."""
     tracks = [track for track in board.tracks if track.ranks()]
     names = [sorted(t.ranks(), key=lambda n, t=t: (t.ranks()[n].mean, n)) for t in tracks]  # type: ignore[misc]
-    height = max(len(found) for found in names)
-    figure = Figure(figsize=(3.6 * len(tracks), 0.19 * height + 1.2), layout="constrained")
-    axes = figure.subplots(1, len(tracks), squeeze=False)[0]
-    for axis, track, found in zip(axes, tracks, names, strict=True):
-        ranks = track.ranks()
-        marks = {track.track.baseline, *track.track.floors, track.track.ceiling}
-        for level, name in enumerate(found):
-            spread = ranks[name]
-            axis.errorbar(
-                spread.mean,
-                level,
-                xerr=spread.std,
-                fmt="s" if name in marks else "o",
-                color="#000000" if name in marks else COLOURS[0],
-                ms=4,
-                elinewidth=0.8,
-            )
-        axis.set_yticks(range(len(found)), found, fontsize=7)
-        axis.set_ylim(height - 0.5, -0.5)
-        axis.set_title(track.track.title, fontsize=9)
-        axis.set_xlabel("mean place")
-        axis.set_xlim(left=0)
+    columns: list[list[int]] = [[] for _ in tracks[:_ABREAST]]
+    ends = [0.0] * len(columns)
+    tops: dict[int, float] = {}
+    for i, found in enumerate(names):
+        shortest = ends.index(min(ends))
+        tops[i] = ends[shortest] + _TITLE
+        ends[shortest] = tops[i] + _ROW * len(found) + _AXIS
+        columns[shortest].append(i)
+    labels = [_LETTER * max(len(n) for i in column for n in names[i]) for column in columns]
+    width = sum(labels) + len(columns) * (_PANEL + _GAP)
+    height = max(ends) + _GAP
+    figure = Figure(figsize=(width, height))
+    left = 0.0
+    for members, label in zip(columns, labels, strict=True):
+        left += label + _GAP
+        for i in members:
+            rows = _ROW * len(names[i])
+            bottom = height - tops[i] - rows
+            box = (left / width, bottom / height, _PANEL / width, rows / height)
+            _places_of(figure.add_axes(box), tracks[i], names[i])
+        left += _PANEL
+    figure.text(0.0, 0.0, "Black squares: baseline, floors and recurrent layer.", fontsize=9)
     return figure
+
+
+def _places_of(axis: Axes, track: TrackBoard, names: Sequence[str]) -> None:
+    ranks = track.ranks()
+    marks = {track.track.baseline, *track.track.floors, track.track.ceiling}
+    for level, name in enumerate(names):
+        spread = ranks[name]
+        axis.errorbar(
+            spread.mean,
+            level,
+            xerr=spread.std,
+            fmt="s" if name in marks else "o",
+            color="#000000" if name in marks else COLOURS[0],
+            ms=4.5,
+            elinewidth=0.9,
+        )
+    axis.set_yticks(range(len(names)), names, fontsize=9)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_title(track.track.title, fontsize=11, fontweight="bold", loc="left")
+    axis.set_xlabel("mean place", fontsize=9)
+    axis.set_xlim(left=0)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.grid(axis="y", color="#e4e4e4", lw=0.5)
+    axis.set_axisbelow(True)
 
 
 def _legend(axis: Axes, track: TrackBoard, table: TableBoard, handles: Mapping[str, Any]) -> None:

@@ -1,25 +1,26 @@
-"""The leaderboard as one HTML page that needs nothing else: tables, claims and mechanisms.
+"""The leaderboard as HTML pages that need nothing else: tables and claims, and each mechanism.
 
-`zoo leaderboard --html` writes it. Style, script and pictures are inside it, nothing is loaded from
-anywhere, and the same records, recipes and registry give the same bytes. The address says how the
-page is looked at, so that a view can be sent on:
+`zoo leaderboard --html` writes them: the tables on one page, and a page for each mechanism in a
+folder beside it. Style, script and pictures are inside the pages, nothing is loaded from anywhere,
+and the same records, recipes and registry give the same bytes. The address says how the tables are
+looked at, so that a view can be sent on:
 
-    #kind=position&trait=causal,no-decode&q=rope&sort=t-mqar-836e5c46:mean:down&at=m-rope
+    index.html#kind=position&trait=causal,no-decode&q=rope&sort=t-mqar-836e5c46:mean:down&at=m-rope
 
-Without JavaScript it is the same page, unsorted and unfiltered.
+Without JavaScript they are the same pages, unsorted and unfiltered.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import os
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import resources
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from zoo.claims.trials import FOLDER, Published, published
@@ -32,19 +33,25 @@ from zoo.leaderboard.page import _html_mechanisms as mechanisms
 from zoo.leaderboard.page import _html_pictures as drawing
 from zoo.leaderboard.page import claim_table, figures, standings
 from zoo.leaderboard.page import markdown_page as leaderboard
+from zoo.leaderboard.page._html_fill import filled
 from zoo.leaderboard.page._html_grid import Ids
+from zoo.leaderboard.page._html_mechanisms import Draw
+from zoo.leaderboard.page._html_patterns import pattern
 from zoo.leaderboard.page._html_pictures import Picture
 from zoo.leaderboard.page._html_tables import Tables
 from zoo.leaderboard.page._html_text import markdown
 from zoo.leaderboard.summary import summaries
-from zoo.registry import Entry
-from zoo.report.files import replace_text
-from zoo.runs.records import Record, read_all
+from zoo.report.files import replace_texts
+from zoo.runs.records import Record, RecordWarning, read_all
 
-Draw = Callable[[Entry], Picture]
+INDEX = "index.html"
+"""Name of the page of the tables in a folder of its own."""
+PAGES = "mechanisms"
+"""Name of the folder of the mechanisms' pages beside it."""
+_ENDINGS = (".html", ".htm")
 
 _FIXED = (
-    *("top", "summary", "protocol", "efficiency", "claims", "mechanisms"),
+    *("top", "summary", "protocol", "efficiency", "claims", "mechanisms", "t-mechanisms"),
     *("controls", "query", "kind", "traits", "reset", "count"),
 )
 """Ids of the template."""
@@ -55,108 +62,142 @@ def render(
     claims: Sequence[Published] = (),
     now: Mapping[str, Current] | None = None,
     measured: Mapping[str, Any] | None = None,
-    draw: Draw | None = drawing.picture,
-) -> str:
-    """Return the page for a set of records.
+    draw: Draw | None = pattern,
+    *,
+    index: str = INDEX,
+    folder: str = PAGES,
+) -> dict[str, str]:
+    """Return the pages for a set of records, by path; that of the tables comes last.
 
     Args:
         records: Records in any order; the same record twice counts once.
         claims: Claims with their verdicts, whose records stand in no other table.
         now: Recipes as they are now, by name.
         measured: Measurements of `zoo bench`, by name.
-        draw: Draws a mechanism; None leaves all pictures out, those of the records too.
+        draw: Says which pairs of a mechanism meet; None leaves all pictures out, those of the
+            records too.
+        index: Name of the page of the tables.
+        folder: Name of the folder of the mechanisms' pages beside it.
 
     Raises:
         ZooError: Records of different budgets claim to belong into one table.
     """
     board = assemble(records, claims, now)
-    ids = Ids(
-        {"top", "summary", "protocol", "claims", "mechanisms", "controls", "count", "efficiency"}
-    )
+    ids, files = Ids(set(_FIXED)), Ids()
     specs = [row.attention for table in board.tables for row in table.rows]
     named = [name for spec in specs for _, name in mechanisms.parts(spec)]
     named += [name for one in claims for _, name in mechanisms.parts(one.verdict.claim.mechanism)]
-    names = mechanisms.ordered(named)
-    pictures = _pictures(names, draw)
-    found = {name: mechanisms.describe(name, ids.new("m", name), pictures) for name in names}
+    found = {}
+    for name in mechanisms.ordered(named):
+        address = f"{quote(folder)}/{files.file(name, '.html')}"
+        found[name] = mechanisms.describe(name, ids.new("m", name), address, draw)
+    tables = Tables(found, ids, f"../{quote(index)}")
     costs = markdown(efficiency.section(dict(measured))) if measured else Markup()
     drawn = {} if draw is None else figures.pictures(board, measured)
     shown = {name: drawing.figure(one.caption, one.svg()) for name, one in drawn.items()}
-    return _page(board, found, Tables(found, ids), ids, costs, shown)
+    first = _index(board, found, tables, costs, shown)
+    pages = {f"{folder}/{Path(one.address).name}": one for one in found.values()}
+    return {**_pages(pages, tables), index: first}
 
 
-def page(folder: str | Path) -> tuple[str, int]:
+def pages(
+    folder: str | Path, index: str = INDEX, beside: str = PAGES
+) -> tuple[dict[str, str], int]:
     """Render the records of a folder and of the folders in it.
 
     Args:
         folder: Folder of the records; those in its folder `claims` belong to claims.
+        index: Name of the page of the tables.
+        beside: Name of the folder of the mechanisms' pages beside it.
 
     Returns:
-        The page and the number of records read.
+        The pages by path, and the number of records read.
 
     Raises:
         ZooError: There is no such folder, or a verdict is not what its records give.
     """
     records, claims = read_all(folder, recursive=True, without=FOLDER), published(folder)
     count = sum(len(runs) for one in claims for runs in one.verdict.ids.values())
-    now = current(records)
-    text = render(records, claims, now, efficiency.measurements(folder))
-    return text, len(records) + count
+    now, measured = current(records), efficiency.measurements(folder)
+    found = render(records, claims, now, measured, index=index, folder=beside)
+    return found, len(records) + count
 
 
-def write(folder: str | Path, path: str | Path) -> tuple[Path, int]:
-    """Render the records of a folder, and of the folders in it, to a file in one step.
+def write(folder: str | Path, path: str | Path) -> tuple[Path, int, int]:
+    """Render the records of a folder, and of the folders in it, to files, each in one step.
+
+    Pages of mechanisms that there are no more are named in a `RecordWarning` and left alone.
 
     Args:
         folder: Folder of the records.
-        path: The page.
+        path: Folder of the pages, or the page of the tables, which ends in ``.html``.
 
     Returns:
-        The path and the number of records read.
+        The page of the tables, the number of pages beside it and of records read.
 
     Raises:
-        ZooError: There is no such folder, a verdict is not what its records give, or the page
-            cannot be written.
+        ZooError: There is no such folder of records, a verdict is not what its records give, or
+            the pages cannot be written.
     """
-    text, count = page(folder)
-    return replace_text(path, text), count
+    first, beside = places(path)
+    found, count = pages(folder, first.name, beside.name)
+    replace_texts({first.parent / name: text for name, text in found.items()})
+    others = sorted(
+        one.name for one in beside.glob("*.html") if f"{beside.name}/{one.name}" not in found
+    )
+    if others:
+        names = ", ".join(others)
+        warnings.warn(f"{beside} has pages of no mechanism: {names}", RecordWarning, 2)
+    return first, len(found) - 1, count
 
 
-def _pictures(names: Iterable[str], draw: Draw | None) -> dict[str, Picture | str | None]:
-    """Draw each specification once; who shares it with another is told whose it is."""
-    found: dict[str, Picture | str | None] = {}
-    owners: dict[str, str] = {}
-    for name in names:
-        entry = mechanisms.find(name)
-        spec = None if entry is None or draw is None else drawing.shown(entry)
-        if entry is None or draw is None or spec is None:
-            continue
-        if spec in owners:
-            found[name] = owners[spec]
-            continue
-        try:
-            found[name] = draw(entry)
-        except ZooError:  # it cannot be built at the size of the pictures
-            continue
-        owners[spec] = name
-    return found
+def places(path: str | Path) -> tuple[Path, Path]:
+    """Return where the page of the tables goes, and the folder of the others beside it.
+
+    Args:
+        path: A folder, or a file that ends in ``.html``.
+
+    Raises:
+        ZooError: Something else is in the way.
+    """
+    path = Path(path)
+    allowed = "allowed: a folder, which is created, or a file that ends in .html"
+    if path.suffix.lower() in _ENDINGS:
+        first = path
+        beside = path.with_name(PAGES if path.stem == "index" else f"{path.stem}_{PAGES}")
+    elif path.suffix.lower() == ".md":
+        raise ZooError(f"page={str(path)!r} is no HTML page; {allowed}")
+    else:
+        first, beside = path / INDEX, path / PAGES
+    try:
+        there = [one for one in (*reversed(first.parents), beside) if one.exists()]
+        for one in there:
+            if not one.is_dir():
+                raise ZooError(f"page={str(path)!r}: {one} is a file, not a folder; {allowed}")
+        if first.is_dir():
+            raise ZooError(f"page={str(path)!r}: {first} is a folder, not a page; {allowed}")
+    except OSError as error:
+        raise ZooError(f"page={str(path)!r}: {error.strerror or error}; {allowed}") from None
+    if there and not os.access(there[-1], os.W_OK | os.X_OK):
+        raise ZooError(f"page={str(path)!r}: the folder {there[-1]} cannot be written; {allowed}")
+    return first, beside
 
 
-def _page(
+def _index(
     board: Board,
     found: Mapping[str, mechanisms.Mechanism],
     tables: Tables,
-    ids: Ids,
     costs: Markup,
     shown: Mapping[str, Picture],
 ) -> str:
-    places = [
+    """The page of the tables; it tells `tables` who stands where."""
+    summary = [
         {"baseline": one.baseline, "recipes": one.recipes, "grid": tables.places(one)}
         for one in summaries(board)
     ]
     tracks = [
         {
-            "id": ids.new("track", one.track.name),
+            "id": tables.ids.new("track", one.track.name),
             "track": one.track,
             "tables": [
                 {
@@ -175,36 +216,52 @@ def _page(
     outcomes = Counter(
         claim_table.STALE if one.stale else one.verdict.outcome for one in board.claims
     )
-    groups: dict[str, list[mechanisms.Mechanism]] = {}
-    for one in found.values():
-        groups.setdefault(one.kind, []).append(one)
     runs = [run for table in board.tables for row in table.rows for run in row.runs]
     claimed = [run for one in board.claims for runs in one.verdict.ids.values() for run in runs]
-    shared = {
-        "style": _asset("page.css"),
-        "script": _asset("page.js"),
-        "protocol": markdown(leaderboard.PROTOCOL.partition("## Protocol\n")[2]),
-        "rule": markdown(claim_table.RULE),
-        "traits": mechanisms.TRAITS,
-        "gone": mechanisms.GONE,
-        "kinds": list(groups),
-    }
-    return _template().render(
-        **shared,
-        hashes={name: _hash(str(shared[name])) for name in ("style", "script")},
-        places=places,
+    return filled(
+        "index",
+        places=summary,
         tracks=tracks,
         ledger=ledger,
+        protocol=markdown(leaderboard.PROTOCOL.partition("## Protocol\n")[2]),
+        rule=markdown(claim_table.RULE),
         efficiency=costs,
         overall=[shown[name] for name in shown if name == "places.svg"],
         growth=[shown[name] for name in shown if name.endswith("growth.svg")],
         verdicts=[(o, outcomes[o]) for o in (*OUTCOMES, claim_table.STALE) if outcomes[o]],
-        groups=groups,
+        kinds=list(dict.fromkeys(one.kind for one in found.values())),
         mechanisms=found,
-        records={name: tables.records(name) for name in found},
-        claims=tables.claims,
+        overview=tables.overview(),
         counts=_counts(board, found, tables, len(runs), len(claimed)),
     )
+
+
+def _pages(found: Mapping[str, mechanisms.Mechanism], tables: Tables) -> dict[str, str]:
+    """The page of each mechanism by path, once all tables are made."""
+    order = list(found)
+    after = dict(pairwise(order))
+    before = {later: path for path, later in after.items()}
+    made = {}
+    for path, one in found.items():
+        steps = [("Previous", "prev", before.get(path)), ("Next", "next", after.get(path))]
+        made[path] = filled(
+            "mechanism",
+            one=one,
+            home=tables.home,
+            steps=[
+                (word, relation, Path(other).name, found[other].name)
+                for word, relation, other in steps
+                if other is not None
+            ],
+            panels=[(panel.title, drawing.square(panel)) for panel in _panels(one)],
+            records=tables.records(one.name),
+            claims=tables.judged(one.name),
+        )
+    return made
+
+
+def _panels(one: mechanisms.Mechanism) -> Sequence[Any]:
+    return one.pattern.panels if one.pattern else ()
 
 
 def _figures_of(table: TableBoard, shown: Mapping[str, Picture]) -> list[Picture]:
@@ -230,26 +287,3 @@ def _counts(
         ("with records or claims", sum(n in tables.mentions or n in tables.claims for n in found)),
     ]
     return [(name, count) for name, count in pairs if count]
-
-
-def _template() -> Any:
-    environment = Environment(
-        loader=PackageLoader("zoo.leaderboard.page", "_html"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("page.html.jinja")
-
-
-def _asset(name: str) -> Markup:
-    """Return a file of ours that stands in the page as it is."""
-    file = resources.files("zoo.leaderboard.page") / "_html" / name
-    return Markup(file.read_text(encoding="utf-8"))
-
-
-def _hash(text: str) -> str:
-    """Return what a browser must find before it runs a script or applies a style."""
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

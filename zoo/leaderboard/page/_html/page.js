@@ -16,6 +16,7 @@
     nothing: table.parentElement.nextElementSibling,
   }));
   const buttons = all("[data-trait]");
+  const bar = byId("controls"); // the pages of mechanisms have none
   let state = empty();
 
   function empty() {
@@ -74,7 +75,7 @@
 
   function filter() {
     const wanted = state.query.toLowerCase().split(/\s+/).filter(Boolean);
-    const seen = { TR: [0, 0], ARTICLE: [0, 0], A: [0, 0] };
+    const seen = { rows: [0, 0], mechanisms: [0, 0] };
     for (const { element, kinds, traits, words } of filtered) {
       const matches =
         (!state.kind || kinds.includes(state.kind)) &&
@@ -83,17 +84,17 @@
       // What a link points to is shown whatever the filters say.
       element.hidden = !matches && !(state.at && element.id === state.at);
       element.classList.toggle("chosen", Boolean(state.at) && element.id === state.at);
-      seen[element.tagName][0] += !element.hidden;
-      seen[element.tagName][1] += 1;
+      const count = seen[element.closest("#t-mechanisms") ? "mechanisms" : "rows"];
+      count[0] += !element.hidden;
+      count[1] += 1;
     }
     for (const { rows, nothing } of tables) {
       if (nothing && nothing.classList.contains("nothing")) {
         nothing.hidden = rows.some((row) => !row.hidden);
       }
     }
-    for (const line of all(".chips")) line.hidden = !all("a", line).some((link) => !link.hidden);
-    const [rows, mechanisms] = [seen.TR, seen.ARTICLE].map((pair) => pair.join(" of "));
-    byId("count").textContent = `${rows} rows, ${mechanisms} mechanisms`;
+    const [rows, mechanisms] = [seen.rows, seen.mechanisms].map((pair) => pair.join(" of "));
+    if (bar) byId("count").textContent = `${rows} rows, ${mechanisms} mechanisms`;
   }
 
   function keyOf(row, index, number) {
@@ -128,6 +129,7 @@
   }
 
   function controls() {
+    if (!bar) return;
     const query = byId("query");
     if (query.value !== state.query) query.value = state.query;
     byId("kind").value = state.kind;
@@ -141,10 +143,17 @@
       state.traits.size ? ` (${state.traits.size})` : "";
   }
 
+  // The bar may take several lines, and what an address points to must not lie under it.
+  function measure() {
+    const covers = bar && getComputedStyle(bar).position === "sticky" ? bar.offsetHeight : 0;
+    document.documentElement.style.setProperty("--bar", `${covers}px`);
+  }
+
   function show(scroll) {
     filter();
     sort();
     controls();
+    measure();
     const target = scroll && state.at ? byId(state.at) : null;
     if (target) target.scrollIntoView();
   }
@@ -174,19 +183,24 @@
       change();
     });
   }
-  byId("query").addEventListener("input", (event) => {
-    state.query = event.target.value;
-    change();
-  });
-  byId("kind").addEventListener("change", (event) => {
-    state.kind = event.target.value;
-    change();
-  });
-  byId("reset").addEventListener("click", () => {
-    state = empty();
-    change();
-  });
-  byId("controls").addEventListener("submit", (event) => event.preventDefault());
+  function listen() {
+    byId("query").addEventListener("input", (event) => {
+      state.query = event.target.value;
+      change();
+    });
+    byId("kind").addEventListener("change", (event) => {
+      state.kind = event.target.value;
+      change();
+    });
+    byId("reset").addEventListener("click", () => {
+      state = empty();
+      change();
+    });
+    bar.addEventListener("submit", (event) => event.preventDefault());
+    bar.hidden = false;
+    new ResizeObserver(measure).observe(bar);
+  }
+
   document.addEventListener("click", (event) => {
     const link = event.target.closest('a[href^="#"]');
     if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
@@ -200,7 +214,7 @@
     show(true);
   });
 
-  byId("controls").hidden = false;
+  if (bar) listen();
   state = read();
   show(true);
 })();
