@@ -230,6 +230,11 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False)
 
 
+def widen(x: Tensor) -> Tensor:
+    """The tensor in float32 at least, for sums and exponentials that half precision cannot hold."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def mask_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Put a very low finite score where `mask` is False (finite, so that empty rows stay NaN-free).
 

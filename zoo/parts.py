@@ -27,6 +27,7 @@ from zoo.call import (
     mask_scores,
     repeat_heads,
     share_groups,
+    widen,
 )
 from zoo.errors import ZooError
 from zoo.registry import Traits
@@ -55,6 +56,7 @@ __all__ = (
     "repeat_heads",
     "share_groups",
     "tie_layers",
+    "widen",
 )
 
 

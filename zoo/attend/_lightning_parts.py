@@ -12,6 +12,7 @@ from torch import Tensor
 from zoo import checks
 from zoo.errors import ZooError, unknown
 from zoo.ops.slopes import alibi_slopes
+from zoo.parts import widen
 
 EPS = 1e-6
 
@@ -55,5 +56,5 @@ def decay_slopes(
 
 def srms_norm(x: Tensor, eps: float = EPS) -> Tensor:
     """Divide by the root mean square along the last axis, in float32 at least; no weight."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = widen(x)
     return F.rms_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype)

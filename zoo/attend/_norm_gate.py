@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.attend._lightning_parts import EPS
+from zoo.ops.again import differentiate_again
 from zoo.parts import full_precision
 
 NORMS = ("srms", "rms", "layer", "none")
@@ -137,9 +138,7 @@ class _NormGate(torch.autograd.Function):
         wanted = (needed[0], needed[1], needed[3], needed[4])
         if torch.is_grad_enabled():  # create_graph: someone wants a second derivative
             made = plain_norm_gate(y, gate, ctx.norm, weight, bias, ctx.eps, ctx.sigmoid)
-            chosen = [x for x, flag in zip((y, gate, weight, bias), wanted, strict=True) if flag]
-            given = iter(torch.autograd.grad(made, chosen, grads[0], create_graph=True))
-            found = [next(given) if flag else None for flag in wanted]
+            found = differentiate_again([made], (y, gate, weight, bias), wanted, grads)
         else:
             with full_precision(y):
                 found = _backward(ctx, y, gate, weight, bias, rates, means, grads[0], wanted)

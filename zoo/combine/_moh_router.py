@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.parts import Call
+from zoo.parts import Call, widen
 
 ROUTERS = ("linear", "query_norm")
 
@@ -88,7 +88,7 @@ def query_scores(q: Tensor, heads: int, shared_heads: int) -> Tensor:
         shared_heads: Heads Hs that are always on, the first ones.
     """
     q = q.unflatten(1, (heads, -1))[:, shared_heads:]  # (B, He, S, N, D)
-    q = q.to(torch.promote_types(q.dtype, torch.float32)).transpose(2, 3)
+    q = widen(q).transpose(2, 3)
     norms = torch.linalg.vector_norm(q, dim=(3, 4)).transpose(1, 2)
     if norms.shape[2] > 1 and norms.numel():
         spread = norms.std(-1, keepdim=True)

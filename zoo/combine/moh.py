@@ -61,7 +61,7 @@ from zoo.combine._selected_rows import SelectedRows
 from zoo.combine.concat import Concat
 from zoo.errors import ZooError, unknown
 from zoo.host.refusals import refuse_masks, refuse_parts, refuse_position
-from zoo.parts import Call, Host, Layout, Project, Route, full_precision, repeat_heads
+from zoo.parts import Call, Host, Layout, Project, Route, full_precision, repeat_heads, widen
 from zoo.registry import Paper, Taxonomy, register
 
 # Where skipping was measured to pay: from so many tokens on, up to this share of routed heads on.
@@ -242,7 +242,7 @@ class MoH(Concat):
 
     def _route(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gates (B, N, H), heads that are on (B, N, H), softmax over the routed ones (B, N, He)."""
-        x = call.x.to(torch.promote_types(call.x.dtype, torch.float32))
+        x = widen(call.x)
         shared = x.new_ones(*x.shape[:2], self.shared_heads)
         on = torch.ones_like(shared, dtype=torch.bool)
         if self.shared is not None:

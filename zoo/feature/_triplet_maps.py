@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.parts import widen
+
 # Bytes of x in a lot. A handful of buffers of that size stay in a core's own and shared cache.
 LOT_BYTES = 2**21
 # Along memory, axes shorter than this are quicker element by element, and so are maps with fewer
@@ -31,11 +33,6 @@ def _plain(x: Tensor) -> bool:
     """Whether to write the passes down as formulas: for compilers, torch.func, other devices."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return traced or x.device.type != "cpu"
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _lots(x: Tensor) -> Iterator[slice]:
@@ -100,7 +97,7 @@ class _Pool(torch.autograd.Function):
             planes, found = [], []
             for dim in axes:
                 top, place = x.max(dim)
-                planes.append(torch.stack((_wide(top), _wide(x).mean(dim)), 1))
+                planes.append(torch.stack((widen(top), widen(x).mean(dim)), 1))
                 found.append(place.to(torch.int32))
             return (x, *planes, *found)
         shapes = [
@@ -110,7 +107,7 @@ class _Pool(torch.autograd.Function):
         planes = [x.new_empty(s[0], 2, *s[1:], dtype=kind) for s in shapes]
         found = [x.new_empty(s if places else 0, dtype=torch.int32) for s in shapes]
         for lot in _lots(x):
-            part = _wide(x[lot])
+            part = widen(x[lot])
             for dim, plane, place in zip(axes, planes, found, strict=True):
                 if places:
                     top, where = _max_and_place(part, dim)
@@ -155,7 +152,7 @@ class _Gate(torch.autograd.Function):
     def forward(x: Tensor, axes: tuple[int, ...], *gates: Tensor) -> Tensor:
         """X (B, C, H, W) and gates with one axis of length 1 to (B, C, H, W)."""
         if _plain(x):
-            return (_wide(x) * _factor(gates)).to(x.dtype)
+            return (widen(x) * _factor(gates)).to(x.dtype)
         y = torch.empty_like(x)
         for lot in _lots(x):
             torch.mul(x[lot], _factor([g[lot] for g in gates]), out=y[lot])
@@ -174,15 +171,15 @@ class _Gate(torch.autograd.Function):
         x, *gates = ctx.saved_tensors
         n = len(gates)
         if _plain(x) or torch.is_grad_enabled():
-            product = _wide(dy) * _wide(x) / n
+            product = widen(dy) * widen(x) / n
             sums = [product.sum(dim, keepdim=True).to(gates[0].dtype) for dim in ctx.axes]
-            return (_wide(dy) * _factor(gates)).to(x.dtype), None, *sums
+            return (widen(dy) * _factor(gates)).to(x.dtype), None, *sums
         dx = torch.empty_like(x)
         sums = [torch.empty_like(g) for g in gates]
         for lot in _lots(x):
             part = dy[lot]
             torch.mul(part, _factor([g[lot] for g in gates]), out=dx[lot])
-            product = _wide(part) * x[lot]
+            product = widen(part) * x[lot]
             for dim, total in zip(ctx.axes, sums, strict=True):
                 torch.div(_sum(product, dim), n, out=total[lot])
         return dx, None, *sums

@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import checks
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
+from zoo.host.backends import Backends
 from zoo.registry import Paper, Taxonomy, Traits, register
 from zoo.select.neighborhood import neighborhood_attention
 
@@ -124,7 +125,7 @@ def regional_attention_reference(
         " + rel_pos_bias * heads * (2 * kernel - 1) ** 2"
     ),
 )
-class RegionalAttention(nn.Module):
+class RegionalAttention(Backends, nn.Module):
     """Attention of every pixel to a dilated window around it, with a relative position bias.
 
     Args:
@@ -232,17 +233,6 @@ class RegionalAttention(nn.Module):
         y = self._windows(q, k, v, key_bias)
         y = y[:, :, :height, :width].permute(0, 2, 3, 1, 4).flatten(3)
         return self.proj_dropout(self.proj(y)).permute(0, 3, 1, 2)
-
-    @property
-    def route(self) -> str | None:
-        """The backend under the name that `zoo bench NAME@ROUTE` goes by; None is "auto"."""
-        return None if self.backend == "auto" else self.backend
-
-    @route.setter
-    def route(self, value: str | None) -> None:
-        if value not in (None, *self.routes):
-            raise unknown("route", value, self.routes)
-        self.backend = value or "auto"
 
     def _windows(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0

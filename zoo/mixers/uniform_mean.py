@@ -14,11 +14,11 @@ while decoding: the sum (C) and the number of tokens seen.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from zoo.cache import LayerCache
 from zoo.mixers._base import ValueMixer
+from zoo.parts import widen
 from zoo.registry import Paper, Taxonomy, Traits, register
 
 
@@ -78,7 +78,7 @@ class UniformMean(ValueMixer):
     def mix(self, x: Tensor, seen: Tensor | None, cache: LayerCache | None) -> Tensor:
         """Average the values; the cache keeps the sum and the number of the tokens before these."""
         v = self.v(x)
-        total = self.drop_values(v.to(torch.promote_types(v.dtype, torch.float32)))
+        total = self.drop_values(widen(v))
         count = total.new_ones(*v.shape[:2], 1)
         if seen is not None:
             hidden = ~seen[..., None]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.host import engine
+from zoo.parts import widen
 
 LOG2_E = math.log2(math.e)
 # A tile is this part of the engine's strip, so that three stay in a core's own cache, and has
@@ -19,7 +20,7 @@ SLIM = 4
 
 def _flatten(x: Tensor) -> Tensor:
     """(B, H, N, D) as (B H, N, D) of at least float32, one row after the other."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1).contiguous()
+    return widen(x).flatten(0, 1).contiguous()
 
 
 class Tiles:

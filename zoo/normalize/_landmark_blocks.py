@@ -27,7 +27,8 @@ from torch import Tensor
 
 from zoo.host import engine
 from zoo.normalize._landmark_weights import landmark_attention_reference
-from zoo.parts import full_precision
+from zoo.ops.again import differentiate_again
+from zoo.parts import full_precision, widen
 
 LOG2_E = math.log2(math.e)
 # A tile is this part of the engine's strip: two of them and what they are made of stay in a
@@ -259,21 +260,20 @@ class BlockAttention(torch.autograd.Function):
         """Gradients of q, k and v."""
         q, k, v, out, lse = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: someone wants a second derivative
-            inputs = zip((q, k, v), ctx.needs_input_grad[:3], strict=True)
-            wanted = [x for x, needed in inputs if needed]
-            wq, wk, wv = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
             with full_precision(q):
-                y = landmark_attention_reference(wq, wk, wv, ctx.block, ctx.scale).to(v.dtype)
-                each = iter(torch.autograd.grad(y, wanted, grads[0], create_graph=True))
-            return tuple(next(each) if needed else None for needed in ctx.needs_input_grad)
+                wide = widen(q), widen(k), widen(v)
+                y = landmark_attention_reference(*wide, ctx.block, ctx.scale).to(v.dtype)
+                needed = ctx.needs_input_grad[:3]
+                back = differentiate_again([y], (q, k, v), needed, grads[:1])
+            return (*back, None, None)
         with full_precision(q):
             flat = _flatten(q), _flatten(k), _flatten(v)
             blocks = _Blocks(*flat, ctx.block, ctx.scale, buffers=2)
             found = _backward(blocks, _flatten(out), lse, _flatten(grads[0]), ctx.scale)
-        back = (d.view(x.shape).to(x.dtype) for d, x in zip(found, (q, k, v), strict=True))
-        return (*back, None, None)
+        each = zip(found, (q, k, v), strict=True)
+        return (*(d.view(x.shape).to(x.dtype) for d, x in each), None, None)
 
 
 def _flatten(x: Tensor) -> Tensor:
     """(B, H, N, D) as (B H, N, D) of at least float32, one row after the other."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1).contiguous()
+    return widen(x).flatten(0, 1).contiguous()

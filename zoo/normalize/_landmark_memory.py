@@ -28,7 +28,7 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.host import engine
 from zoo.normalize._landmark_weights import by_blocks
-from zoo.parts import Call, Host, Position, grouped_matmul
+from zoo.parts import Call, Host, Position, grouped_matmul, widen
 
 if TYPE_CHECKING:
     from zoo.cache import LayerCache
@@ -203,7 +203,7 @@ class Memory:
         keys = self._rotate_keys(keys, slots * self.span + self.block)
         scores = grouped_matmul(q, keys.transpose(-1, -2)) * self.scale
         # In logarithms: small shares would all be zero, and the next best among them any of them.
-        shares = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
+        shares = widen(scores).log_softmax(-1)
         if self.part.selection == "max_heads":
             shares = shares.amax(1, keepdim=True)
         elif self.part.selection == "max_tokens":

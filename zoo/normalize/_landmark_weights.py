@@ -12,18 +12,13 @@ from torch import Tensor
 
 from zoo import checks
 from zoo.errors import ZooError
-from zoo.parts import repeat_heads
+from zoo.parts import repeat_heads, widen
 
 
 def _softmax(scores: Tensor, allowed: Tensor) -> Tensor:
     """Softmax over the last axis of what is allowed; zeros for the rest and for empty rows."""
     low = torch.finfo(scores.dtype).min
     return scores.masked_fill(~allowed, low).softmax(-1).masked_fill(~allowed, 0.0)
-
-
-def _full(scores: Tensor) -> Tensor:
-    """Scores of at least float32."""
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def insert_landmarks(tokens: Tensor, block: int, landmark_id: int) -> tuple[Tensor, Tensor]:
@@ -146,7 +141,7 @@ def by_buckets(
         mask: What each row may see, causality included, broadcastable to the scores.
         dropout: On the shares of the landmarks.
     """
-    scores = _full(scores)
+    scores = widen(scores)
     mask = mask.expand(scores.shape)
     marks = is_landmark if is_landmark.ndim == 2 else is_landmark[None]
     bucket = marks.cumsum(-1) - marks.long()  # a landmark belongs to the block that it ends
@@ -187,7 +182,7 @@ def by_blocks(
     padding = (front, -(front + keys) % span)
     mask = F.pad(mask.expand(*mask.shape[:-1], keys), padding, value=False)
     mask = mask.unflatten(-1, (-1, span))
-    scores = F.pad(_full(scores), padding).unflatten(-1, (-1, span))  # (B, H, R, blocks, L + 1)
+    scores = F.pad(widen(scores), padding).unflatten(-1, (-1, span))  # (B, H, R, blocks, L + 1)
     group = torch.arange(scores.shape[-2], device=scores.device) + first // span
     own, past = (f(group, rows[:, None] // span)[..., None] for f in (torch.eq, torch.lt))
     ordinary, landmark = scores[..., :block], scores[..., block]

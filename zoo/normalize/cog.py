@@ -41,7 +41,18 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.host.refusals import refuse_extras, refuse_parts, refuse_position, refuse_tracing
 from zoo.normalize import _cog_strips as strips
-from zoo.parts import Call, Host, Normalize, Route, Strip, full_precision, mask_scores, repeat_heads
+from zoo.ops.again import differentiate_again
+from zoo.parts import (
+    Call,
+    Host,
+    Normalize,
+    Route,
+    Strip,
+    full_precision,
+    mask_scores,
+    repeat_heads,
+    widen,
+)
 from zoo.registry import Paper, Taxonomy, register
 
 HALF = (torch.float16, torch.bfloat16)
@@ -111,21 +122,23 @@ class _Cog(torch.autograd.Function):
         """Gradients of q, k and v."""
         q, k, v, hidden, out, lse = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: someone wants a second derivative
-            wanted = [
-                x for x, needed in zip((q, k, v), ctx.needs_input_grad[:3], strict=True) if needed
-            ]
             mask = None if hidden is None else ~hidden
-            wide = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
             y = cog_attention_reference(
-                *wide, causal=ctx.offset is not None, mask=mask, scale=ctx.scale
+                widen(q),
+                widen(k),
+                widen(v),
+                causal=ctx.offset is not None,
+                mask=mask,
+                scale=ctx.scale,
             )
-            each = iter(torch.autograd.grad(y.to(v.dtype), wanted, grads[0], create_graph=True))
-            return tuple(next(each) if needed else None for needed in ctx.needs_input_grad)
+            needed = ctx.needs_input_grad[:3]
+            back = differentiate_again([y.to(v.dtype)], (q, k, v), needed, grads[:1])
+            return (*back, None, None, None)
         with full_precision(q):
             tiles = strips.Tiles(q, k, ctx.scale, hidden, ctx.offset, buffers=3)
             found = strips.backward(tiles, v, out, lse, grads[0], ctx.scale)
-        back = (d.view(x.shape).to(x.dtype) for d, x in zip(found, (q, k, v), strict=True))
-        return (*back, None, None, None)
+        each = zip(found, (q, k, v), strict=True)
+        return (*(d.view(x.shape).to(x.dtype) for d, x in each), None, None, None)
 
 
 def cog_attention(

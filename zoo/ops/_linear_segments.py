@@ -21,6 +21,7 @@ from torch import Tensor
 
 from zoo.ops._linear_features import Features, tables
 from zoo.ops._linear_work import Lot, Work, cut, place, store
+from zoo.ops.again import differentiate_again
 from zoo.parts import full_precision
 
 Plain = Callable[..., tuple[Tensor, Tensor]]
@@ -241,15 +242,4 @@ def _through(
     q, k, v, state, theta = inputs
     made = Features(ctx.act, theta, positions).apply(q, k, v)  # type: ignore[arg-type]
     outs = ctx.plain(*made, log_decay, state, ctx.chunk, ctx.bounds)
-    pairs = [(y, g) for y, g in zip(outs, grads, strict=True) if g is not None and y.requires_grad]
-    wanted = [x for x, flag in zip(inputs, needed, strict=True) if flag and x is not None]
-    found = iter(
-        torch.autograd.grad(
-            [y for y, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
-            create_graph=True,
-            materialize_grads=True,
-        )
-    )
-    return [next(found) if flag else None for flag in needed]
+    return differentiate_again(outs, inputs, needed, grads)

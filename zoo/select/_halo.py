@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.ops.again import differentiate_again
 from zoo.parts import full_precision, repeat_heads
 from zoo.select import _halo_plan
 from zoo.select._halo_plan import Block, Plan, Window, make_plan
@@ -292,19 +293,7 @@ class _Halo(torch.autograd.Function):
         q, k, v, hidden, rpb, _, _ = ctx.saved_tensors
         with full_precision(q):
             outs = plain(q, k, v, hidden, rpb, ctx.plan, ctx.scale)
-        pairs = zip(outs, grads, strict=True)
-        chosen = [(y, g) for y, g in pairs if g is not None and y.requires_grad]
-        wanted = [x for x, want in zip((q, k, v, rpb), needed, strict=True) if want]
-        found = iter(
-            torch.autograd.grad(
-                [y for y, _ in chosen],
-                wanted,
-                [g for _, g in chosen],
-                create_graph=True,
-                materialize_grads=True,
-            )
-        )
-        return [next(found) if want else None for want in needed]
+        return differentiate_again(outs, (q, k, v, rpb), needed, grads)
 
 
 def halo_attention(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zoo.host import engine
 from zoo.kernels import refuse
-from zoo.parts import full_precision, grouped_matmul
+from zoo.parts import full_precision, grouped_matmul, widen
 
 # Up to this many blocks are found one after the other, which is quicker than sorting.
 FEW = 8
@@ -75,7 +75,7 @@ def _pool(x: Tensor, blocks: Blocks, dim: int) -> Tensor:
 
 def block_means(k: Tensor, blocks: Blocks) -> Tensor:
     """Mean key of each block, (B, G, n, D), at least float32, from k (B, G, M, D)."""
-    wide = k.to(torch.promote_types(k.dtype, torch.float32))
+    wide = widen(k)
     sums = _pool(wide, blocks, -2)
     if blocks.of_key is None:
         return sums / blocks.size

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.ops.again import differentiate_again
 from zoo.ops.partial import flash, flash_backward
 from zoo.parts import full_precision
 
@@ -200,13 +201,10 @@ class Gather(torch.autograd.Function):
         q, k, v, chosen, out, lse = ctx.saved_tensors
         nothing = (None,) * 5
         if torch.is_grad_enabled():  # create_graph: someone wants a second derivative
-            wanted = [
-                x for x, needed in zip((q, k, v), ctx.needs_input_grad[:3], strict=True) if needed
-            ]
             with full_precision(q):
                 y = ctx.dense(q, k, v, chosen)
-                each = iter(torch.autograd.grad(y, wanted, grads[0], create_graph=True))
-            back = (next(each) if needed else None for needed in ctx.needs_input_grad[:3])
+                needed = ctx.needs_input_grad[:3]
+                back = differentiate_again([y], (q, k, v), needed, grads[:1])
             return (*back, *nothing)
         grad = grads[0].to(out.dtype)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo import checks
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
+from zoo.host.backends import Backends
 from zoo.registry import Paper, Taxonomy, Traits, register
 from zoo.slots._sinkhorn import mesh, mesh_reference, sinkhorn, sinkhorn_reference
 from zoo.slots.slot import SlotAttention
@@ -55,7 +56,7 @@ from zoo.slots.slot import SlotAttention
         " + (dim + dim_in + 4) * hidden + learn_mesh_lr"
     ),
 )
-class MESH(SlotAttention):
+class MESH(Backends, SlotAttention):
     """Slots that compete by a transport plan of little entropy.
 
     Args:
@@ -151,17 +152,6 @@ class MESH(SlotAttention):
         self.lr: nn.Parameter | float = float(lr)
         if learn_mesh_lr:
             self.lr = nn.Parameter(torch.full((1,), float(lr), device=device, dtype=dtype))
-
-    @property
-    def route(self) -> str | None:
-        """The backend under the name that `zoo bench NAME@ROUTE` goes by; None is "auto"."""
-        return None if self.backend == "auto" else self.backend
-
-    @route.setter
-    def route(self, value: str | None) -> None:
-        if value not in (None, *self.routes):
-            raise unknown("route", value, self.routes)
-        self.backend = value or "auto"
 
     def forward(
         self,

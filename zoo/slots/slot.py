@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from zoo import checks
 from zoo.errors import ZooError
+from zoo.parts import widen
 from zoo.registry import Paper, Taxonomy, Traits, register
 from zoo.slots._sinkhorn import log_marginal, sinkhorn
 
@@ -288,7 +289,7 @@ class SlotAttention(nn.Module):
             return weights / weights.sum(1, keepdim=True)
         log_b = log_marginal(self._mass(self.mlp_slot_marginals(normed), q.shape[1]))
         with torch.autocast(k.device.type, enabled=False):
-            cost = self._cost(_wide(k), _wide(q))
+            cost = self._cost(widen(k), widen(q))
             return self._plan(cost, log_a, log_b, noise)
 
     def _plan(self, cost: Tensor, log_a: Tensor, log_b: Tensor, noise: Tensor | None) -> Tensor:
@@ -305,7 +306,7 @@ class SlotAttention(nn.Module):
         if self.distance == "cosine":
             return self.scale_cost * (1 - F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).mT
         # Exact differences: the form with products loses the small distances that decide ties.
-        distance = torch.cdist(_wide(q), _wide(k), compute_mode="donot_use_mm_for_euclid_dist")
+        distance = torch.cdist(widen(q), widen(k), compute_mode="donot_use_mm_for_euclid_dist")
         return self.scale_cost * distance.mT
 
     def _input_mass(self, x: Tensor, slots: int, mask: Tensor | None) -> Tensor | None:
@@ -320,7 +321,7 @@ class SlotAttention(nn.Module):
     def _mass(self, logits: Tensor, slots: int) -> Tensor:
         """Masses (B, M) from logits (B, M, 1)."""
         total = float(slots) if self.scale_marginals is None else self.scale_marginals
-        return total * _wide(logits).squeeze(-1).softmax(1)
+        return total * widen(logits).squeeze(-1).softmax(1)
 
     def _check(self, x: Tensor, slots: Tensor | None, mask: Tensor | None) -> None:
         if x.ndim != 3 or x.shape[-1] != self.dim_in or not x.shape[1]:
@@ -350,8 +351,3 @@ def _mlp(dim_in: int, hidden: int, dim: int, bias: bool, made: Any) -> nn.Sequen
 def _seen(mask: Tensor) -> Tensor:
     """A mask in which a sample without inputs sees all, so that nothing divides by zero."""
     return mask | ~mask.any(1, keepdim=True)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In at least float32, which logarithms of masses need."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -71,8 +71,12 @@ class Mechanism:
         """The traits that hold."""
         if self.entry is None:
             return frozenset()
-        held = asdict(self.entry.traits)
-        return frozenset(name for name in TRAITS if held.get(name, held["mask"] == "any"))
+        held = self.entry.promises
+        return frozenset(
+            name
+            for name in TRAITS
+            if held.get(name, name == ANY_MASK and held.get("mask") == "any")
+        )
 
     @property
     def summary(self) -> Markup:
