@@ -14,6 +14,10 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+# Hundreds of small graphs are traced once each: remembering what operations give costs a quarter
+# of that and is never used, and neither is it worth looking for garbage after every one.
+os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
+os.environ["TORCH_DYNAMO_RUN_GC_AFTER_COMPILE"] = "0"
 
 import numpy as np
 import pytest
@@ -26,6 +30,17 @@ if not GPU:
     # Read when a kernel is decorated, so it has to be set before any kernel module is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
+
+
+def _no_device(seed: int) -> None:
+    """Seed no device, since there is none."""
+
+
+# For each kind of device that is not there, torch.manual_seed writes down the whole stack of its
+# caller, in case the device comes later: more time than most small tests take.
+for _kind in (torch.cuda, torch.xpu, torch.mtia):
+    if not _kind.is_available():
+        _kind.manual_seed_all = _no_device
 
 # The asserts of the shared helpers should explain themselves like those of the tests.
 pytest.register_assert_rewrite("zoo.testing")
