@@ -13,6 +13,10 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+# Hundreds of small graphs are traced once each: remembering what operations give costs a quarter
+# of that and is never used, and neither is it worth looking for garbage after every one.
+os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
+os.environ["TORCH_DYNAMO_RUN_GC_AFTER_COMPILE"] = "0"
 
 import golden_files
 import golden_forms

@@ -7,7 +7,6 @@ decoding and memory are the engine's business.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,7 +29,7 @@ from zoo.call import (
     widen,
 )
 from zoo.errors import ZooError
-from zoo.registry import Traits
+from zoo.registry import Traits, constructor
 
 __all__ = (
     "Attend",
@@ -466,7 +465,7 @@ def build(cls: type, facts: Mapping[str, Any], options: Mapping[str, Any]) -> An
     Raises:
         ZooError: A switch that is neither True nor False; any word would pass for True.
     """
-    wanted = inspect.signature(cls).parameters
+    wanted = constructor(cls)
     for name, value in options.items():
         if isinstance(wanted[name].default, bool):
             checks.flag(name, value, of=cls.__name__)

@@ -19,6 +19,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -165,7 +166,7 @@ class Entry:
     @property
     def options(self) -> dict[str, inspect.Parameter]:
         """Constructor parameters that a user sets, by name (the host's facts are left out)."""
-        found = inspect.signature(self.cls).parameters
+        found = constructor(self.cls)
         facts = _FACTS_OF_KIND.get(self.kind, frozenset())
         return {name: item for name, item in found.items() if name not in facts}
 
@@ -204,6 +205,12 @@ class Entry:
         for option in options:
             if option not in allowed:
                 raise unknown(f"option of {self.name!r}", option, allowed)
+
+
+@lru_cache(maxsize=1024)
+def constructor(cls: type) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a class's constructor, by name; they are read once."""
+    return inspect.signature(cls).parameters
 
 
 _entries: dict[str, Entry] = {}
@@ -280,7 +287,7 @@ def register(
             if owner is not None:
                 where = f"{owner.cls.__module__}.{owner.cls.__qualname__}"
                 raise ZooError(f"registry name {item!r} is taken by {where}; choose another name")
-        for parameter in inspect.signature(cls).parameters.values():
+        for parameter in constructor(cls).values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 raise ZooError(f"{name!r}: a constructor with **{parameter.name} hides options")
         if kind in AXES_OF_KIND:

@@ -13,7 +13,8 @@ from zoo.host.attention import Attention
 from zoo.host.spec import PartSpec, parse
 from zoo.registry import SOCKETS
 
-_HOST = inspect.signature(Attention).parameters
+_SIGNATURE = inspect.signature(Attention)
+_HOST = _SIGNATURE.parameters
 
 
 def create(spec: str, /, *args: Any, **options: Any) -> nn.Module:
@@ -54,7 +55,7 @@ def create(spec: str, /, *args: Any, **options: Any) -> nn.Module:
         for part, more in zip(parts, extra, strict=True)
     ]
     try:
-        inspect.signature(Attention).bind(*args, **host)
+        _SIGNATURE.bind(*args, **host)
     except TypeError as error:
         raise ZooError(f"create({spec!r}): {error}") from None
     return Attention(*args, **{"spec": "+".join(map(str, full)), **host})

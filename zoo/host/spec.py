@@ -8,10 +8,12 @@ defaults, so that two spellings of one thing share their records.
 from __future__ import annotations
 
 import ast
+import copy
 import keyword
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from zoo import checks, registry
@@ -93,12 +95,20 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def _part(text: str) -> PartSpec:
-    name, bracket, rest = text.partition("(")
+    name, bracket, _ = text.partition("(")
     name = name.strip()
     if not name:
         raise ZooError(f"specification: empty part in {text!r}; join names with one '+'")
     if not bracket:
         return PartSpec(name)
+    # A copy, since values such as lists belong to whoever asked.
+    return PartSpec(name, copy.deepcopy(_options(text)))
+
+
+@lru_cache(maxsize=1024)
+def _options(text: str) -> dict[str, Any]:
+    """Options of a part as written; each text is read once."""
+    rest = text.partition("(")[2]
     try:
         call = _Words().visit(ast.parse(f"_({rest}", mode="eval").body)
     except SyntaxError as error:
@@ -120,7 +130,7 @@ def _part(text: str) -> PartSpec:
             raise ZooError(
                 f"specification {text!r}: option {item.arg!r} is not a plain value"
             ) from error
-    return PartSpec(name, options)
+    return options
 
 
 def parse(spec: str) -> list[PartSpec]:

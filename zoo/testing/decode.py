@@ -86,8 +86,15 @@ def check_cache(build: Build) -> None:
 def check_cache_size(build: Build, module: nn.Module) -> None:
     """Bytes held are those of the keys and values still needed, or of a state of fixed size."""
     x = build.input(2, LENGTH)
-    sizes = [_decode(module, x[:, :n], [1] * n)[1] for n in range(1, LENGTH + 1)]
-    held = [cache.nbytes for cache in sizes]
+    cache = zoo.LayerCache()
+    held: list[int] = []
+    kept: list[int | None] = []
+    for i in range(LENGTH):
+        module(x[:, i : i + 1], cache=cache)
+        assert cache.length == i + 1, f"cache.length is {cache.length} after {i + 1} tokens"
+        keys = cache.get("k")
+        held.append(cache.nbytes)
+        kept.append(None if keys is None else keys.shape[2])
     if not isinstance(module, Attention) or module.attend is not None:
         if build.entry.taxonomy.complexity == "linear":
             assert len(set(held[1:])) == 1, f"bytes of a recurrent state grow: {held}"
@@ -96,11 +103,9 @@ def check_cache_size(build: Build, module: nn.Module) -> None:
     for entry in build.entries:
         if entry.kind == "select" and entry.taxonomy.complexity == "linear":
             assert window is not None, f"{entry.name!r} is linear, but its cache holds everything"
-    for seen, cache in enumerate(sizes, 1):
-        keys = cache.get("k")
-        assert keys is not None
+    for seen, number in enumerate(kept, 1):
         due = min(seen, window or seen)
-        assert keys.shape[2] == due, f"{keys.shape[2]} keys held after {seen}, due {due}"
+        assert number == due, f"{number} keys held after {seen}, due {due}"
     if window is not None and window < LENGTH:
         assert held[window - 1] == held[-1], f"bytes of a rolling window grow: {held}"
     layout = module.layout

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.host import engine
 from zoo.host.attention import Attention
-from zoo.testing.subject import Build
+from zoo.testing.subject import Build, routes_taken
 from zoo.testing.values import flag
 
-LENGTHS = (128, 256, 512)
+LENGTHS = (64, 128, 256)
 # Twice the tokens may take a little more than twice the memory, but nowhere near four times.
 GROWTH = 2.5
 
@@ -74,5 +74,9 @@ def check_memory(build: Build) -> None:
     for route in ("auto", "engine") if strips else ("auto",):
         if isinstance(module, Attention):
             module.route = route
-        for what, times in growth(module).items():
+        with routes_taken() as taken:
+            found = growth(module)
+        for what, times in found.items():
             assert times <= GROWTH, f"route {route}: {what} grows {times:.2f} times for 2 N"
+        if set(taken) == {"engine"}:
+            break  # asked for by its name, it would run the same again

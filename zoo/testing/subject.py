@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from zoo.host import engine
+from zoo.host import engine, routes
 from zoo.host.fit import common
 from zoo.host.spec import DEFAULTS, PartSpec, parse
-from zoo.registry import SOCKETS, Entry, Traits
+from zoo.parts import Call, Host, Route
+from zoo.registry import SOCKETS, Entry, Traits, constructor
 
 TESTS = Path(__file__).parents[2] / "tests"
 # Kinds that the contracts of values can run; the others are held to those of the registry alone.
@@ -38,6 +39,21 @@ def tiny_strips() -> Iterator[None]:
         patch.object(engine, "MIN_ROWS", 3),
     ):
         yield
+
+
+@contextmanager
+def routes_taken() -> Iterator[list[str]]:
+    """Write down the route of every pass inside the block, to run none of them a second time."""
+    taken: list[str] = []
+    choose = routes.choose
+
+    def note(host: Host, call: Call) -> Route:
+        route = choose(host, call)
+        taken.append(route.name)
+        return route
+
+    with patch.object(routes, "choose", note):
+        yield taken
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -95,7 +111,7 @@ class Build:
     @property
     def signature(self) -> Mapping[str, inspect.Parameter]:
         """Parameters of what `zoo.create` constructs."""
-        return inspect.signature(zoo.Attention if self.is_host else self.entry.cls).parameters
+        return constructor(zoo.Attention if self.is_host else self.entry.cls)
 
     def takes(self, fact: str) -> bool:
         """The constructor has a parameter of this name."""
