@@ -344,3 +344,14 @@ def test_switches_are_read_as_yaml_and_python_write_them(word: str, shared: bool
 def test_a_switch_that_is_no_truth_value_is_refused(value: object) -> None:
     with pytest.raises(ZooError, match=r"sep_key=.* of 'CoPE' must be True or False"):
         zoo.create(f"cope(npos=4, sep_key={value})", 16, 2, causal=True)
+
+
+def test_what_was_read_once_belongs_to_whoever_asked() -> None:
+    text = "triplet(branches=['hc'])"
+    parse(text)[0].options["branches"].append("hw")
+    assert parse(text)[0].options == {"branches": ["hc"]}
+    zoo.info("triplet").options.clear()
+    assert "branches" in zoo.info("triplet").options
+    for _ in range(2):
+        with pytest.raises(zoo.ZooError, match="given twice"):
+            parse("triplet(kernel_size=3, kernel_size=5)")
