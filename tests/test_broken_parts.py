@@ -68,7 +68,7 @@ def test_sound_parts_keep_every_contract(cls: type, facts: dict[str, Any]) -> No
             CONTRACTS[name].check(build)
     kept = {"shape", "gradients", "batch", "gradcheck", "half", "large", "compile", "state_dict"}
     kept |= {"copy", "device", "seed", "parameters", "documented", "tested", "options", "repeat"}
-    kept |= {"vmap"}
+    kept |= {"vmap", "door"}
     assert set(names) == {
         modules.SoundFeature: kept | {"formats"},
         modules.SoundSlots: kept | SLOTS,
@@ -83,6 +83,7 @@ BROKEN: list[tuple[type, str, str, dict[str, Any]]] = [
     (broken.NoDefault, "options", r"without a default: \['sharpness'\]", {}),
     (broken.ManyArguments, "options", "args", {}),
     (modules.AcceptsAnything, "refusals", "nothing was refused", {}),
+    (modules.OpenDoor, "door", "nothing was refused", {}),
     (broken.Idle, "bites", "equals plain attention", {}),
     (broken.WrongType, "shape", "type torch.float64 for torch.float32", {}),
     (broken.InPlace, "shape", "changed in place", {}),

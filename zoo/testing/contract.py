@@ -16,6 +16,7 @@ from zoo.testing.numerics import check_compile, check_gradcheck, check_half, che
 from zoo.testing.promises import (
     check_bites,
     check_documented,
+    check_door,
     check_options,
     check_refusals,
     check_tested,
@@ -104,6 +105,7 @@ CONTRACTS = {
     "documented": Contract(check_documented, lambda b: True),
     "tested": Contract(check_tested, lambda b: True),
     "options": Contract(check_options, _run),
+    "door": Contract(check_door, _run),
     "refusals": Contract(check_refusals, _tokens),
     "bites": Contract(check_bites, lambda b: b.is_host),
     "shape": Contract(check_shape, _run),

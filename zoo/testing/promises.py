@@ -15,7 +15,7 @@ import zoo
 from zoo.errors import ZooError
 from zoo.host.attention import Attention
 from zoo.host.spec import DEFAULTS, PartSpec, parse
-from zoo.testing.subject import CHANNELS, Build, draw, file_of_tests, largest
+from zoo.testing.subject import CHANNELS, Build, Started, draw, file_of_tests, largest
 from zoo.testing.values import flag
 
 
@@ -83,6 +83,34 @@ def _refuses(module: torch.nn.Module, x: torch.Tensor, named: str, **inputs: Any
         return
     with refused(named):
         module(x, **inputs)
+
+
+def check_door(build: Build) -> None:
+    """Inputs that are no tensors, or of another type, rank or device, are refused by name."""
+    module = build(dtype=torch.float64)
+    inner = module.inner if isinstance(module, Started) else module
+    x = build.input(2, 7)
+    for wrong in ("x", 3.5, [1.0], None):
+        with refused(r"^x is of type"):
+            inner(wrong)
+    with refused("^x has dtype torch.int64"):
+        inner(x.long())
+    with refused("^x of shape"):
+        inner(x[0])
+    if next(inner.parameters(), None) is not None:
+        with refused("^x has dtype torch.float32, but the weights"):
+            inner(x.float())
+        with refused("^x is on meta"):
+            inner(x.to("meta"))
+    taken = inspect.signature(inner.forward).parameters
+    for name in ("mask", "bias", "positions", "cu_seqlens", "cache"):
+        if name in taken:
+            with refused(name):
+                inner(x, **{name: "x"})
+    given: dict[str, Any]
+    for given in ({"dtype": "float33"}, {"dtype": torch.int64}, {"device": "nowhere"}):
+        with refused(f"^{next(iter(given))}="):
+            build(**given)
 
 
 def check_options(build: Build) -> None:
