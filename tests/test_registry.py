@@ -223,3 +223,11 @@ def test_kinds_have_the_traits_that_mean_something_for_them():
     assert set(zoo.info("cbam").promises) == {"compile", "gradient", "cost"}
     assert "cbam" not in zoo.list(traits={"decode": True}) + zoo.list(traits={"decode": False})
     assert zoo.info("slot").promises["mask"] == zoo.info("mesh").promises["mask"] == "keys"
+
+
+def test_a_class_of_torch_stays_as_it_is_when_it_is_registered(add):
+    forward = torch.nn.Identity.forward
+    add("borrowed_test", torch.nn.Identity, kind="slots")
+    assert torch.nn.Identity.forward is forward
+    x = torch.zeros(1, 2, 3, 4)
+    assert torch.nn.Identity()(x) is x

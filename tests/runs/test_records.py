@@ -148,7 +148,10 @@ def test_a_wrong_value_is_refused_by_name(make, name, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 3.5}, "record field steps=3.5 must be a whole number of at least 0"),
+        (
+            {"steps": 3.5},
+            "record field steps=3.5 must be a whole number of at least 0 (nearest: 3, 4)",
+        ),
         (
             {"parameters": -5},
             "record field parameters=-5 must be a whole number of at least 0, or None",

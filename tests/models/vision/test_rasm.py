@@ -283,7 +283,7 @@ def test_tiles_of_the_network():
         ({"mlp_ratio": 0}, "mlp_ratio=0"),
         ({"drop_path": 1.0}, r"drop_path=1\.0"),
         ({"attention": "regionl"}, "regional"),
-        ({"attention": "regional(kernel=4)"}, "kernel=4 must be odd"),
+        ({"attention": "regional(kernel=4)"}, "kernel=4 must be an odd number"),
         ({"attention": 3}, "attention=3"),
         ({"image_shape": (1, 16, 16)}, "image_shape"),
         ({"image_shape": (3, 4, 16)}, "image_shape: height=4 must be"),

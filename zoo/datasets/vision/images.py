@@ -66,7 +66,7 @@ def hub_split(rows: Any, image: str, mode: str) -> Split:
     import datasets
 
     # Files as they are, so that all data sets read pictures alike and errors know the row.
-    files = rows
+    files = rows.cast_column(image, datasets.Image(decode=False))
     split = f"split {str(rows.split)!r}" if rows.split else "a split"
     named = (
         (f"row {n}, counted from 0, of {split} of the hub's data set", row[image], row["label"])
