@@ -226,8 +226,7 @@ def test_kinds_have_the_traits_that_mean_something_for_them():
 
 
 def test_a_class_of_torch_stays_as_it_is_when_it_is_registered(add):
-    forward = torch.nn.Identity.forward
-    add("borrowed_test", torch.nn.Identity, kind="slots")
-    assert torch.nn.Identity.forward is forward
-    x = torch.zeros(1, 2, 3, 4)
-    assert torch.nn.Identity()(x) is x
+    forward = torch.nn.Flatten.forward
+    add("borrowed_test", torch.nn.Flatten, kind="slots")
+    assert torch.nn.Flatten.forward is forward
+    assert torch.nn.Flatten()(torch.zeros(1, 2, 3, 4)).shape == (1, 24)

@@ -739,3 +739,14 @@ def test_there_is_no_second_reader():
             if {name.split(".")[0] for name in names} & LIBRARIES:
                 found.add(path.relative_to(root).as_posix())
     assert found == {"picture_reader.py"}
+
+
+@pytest.mark.parametrize("title", TABLES)
+def test_a_path_that_is_not_absolute_is_not_looked_for(title, tmp_path: Path, monkeypatch):
+    """A file of this name that happens to lie here is another one."""
+    name, build = TABLES[title]
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "a.png", GOOD[name])
+    data = build(name, tmp_path, [{"bytes": None, "path": "a.png"}] * 3, [0, 1, 2])
+    with pytest.raises(ZooError, match=r"cannot be read: it has no bytes, only the path 'a.png'$"):
+        data.setup()
